@@ -1,0 +1,193 @@
+// A checkpoint written again in another file format, storage format or RoPE layout, a few rows in memory at a time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <span>
+#include <string>
+#include <system_error>
+#include <vector>
+
+#include "tinyllama/io/checkpoint.hpp"
+#include "tinyllama/io/gguf_writer.hpp"
+#include "tinyllama/io/mixture.hpp"
+#include "tinyllama/quant/codec.hpp"
+
+namespace tinyllama {
+
+namespace detail {
+
+/// The row of a matrix in layout `from` that is row r in layout `to`, for heads of `dim` rows:
+/// rows i and i + dim/2 of a head in the half layout are its rows 2i and 2i + 1 in the interleaved one.
+constexpr index_t permuted_row(index_t r, index_t dim, RopeLayout from, RopeLayout to) {
+  if (from == to) return r;
+  const index_t head = r / dim * dim, i = r % dim, half = dim / 2;
+  if (to == RopeLayout::interleaved) return head + i / 2 + (i % 2) * half;
+  return head + (i < half ? 2 * i : 2 * (i - half) + 1);
+}
+
+/// Streams the rows of tensors; counts what it has written.
+class RowCopier {
+ public:
+  RowCopier(const Checkpoint& from, std::uint64_t total, const Progress& progress) : from_(from), total_(total), progress_(progress) {}
+
+  /// All rows of the parameter, in `format` and the row order of `rope`. Rows in the format they have already are copied bit by bit.
+  void copy(const Parameter& p, Format format, RopeLayout rope, FileWriter& file) {
+    const StoredTensor& t = from_.tensor(p);
+    const bool rotated = p.slot == Slot::q || p.slot == Slot::k;
+    const std::size_t size = row_bytes(format, p.columns);
+    if (p.columns % info(format).block) throw Error(t.file, t.name, "rows of a multiple of " + std::to_string(info(format).block) + " weights for " + std::string(name(format)), std::to_string(p.columns));
+    floats_.resize(static_cast<std::size_t>(p.columns));
+    row_.resize(size);
+    for (index_t r = 0; r < p.rows; ++r) {
+      const auto source = t.row(rotated ? permuted_row(r, head_dim(from_.config), from_.rope, rope) : r);
+      if (t.format == format) {
+        file.write(source);
+      } else {
+        decode_row(t.format, source.data(), floats_.data(), p.columns);
+        encode_row(format, floats_.data(), row_.data(), p.columns);
+        file.write(row_);
+      }
+      done_ += size;
+      if (progress_ && done_ - reported_ >= (std::uint64_t{4} << 20)) progress_(reported_ = done_, total_);
+    }
+    from_.release(t);
+  }
+  void finish() {
+    if (progress_) progress_(done_, total_);
+  }
+
+ private:
+  const Checkpoint& from_;
+  std::uint64_t total_, done_ = 0, reported_ = 0;
+  const Progress& progress_;
+  std::vector<float> floats_;
+  std::vector<std::byte> row_;
+};
+
+inline std::vector<Parameter> parameters_of(const any_llama& c) {
+  std::vector<Parameter> all;
+  for_each_parameter(c, [&](const Parameter& p) { all.push_back(p); });
+  return all;
+}
+
+/// Files that a Hugging Face folder holds beside the weights and config.json.
+inline constexpr const char* companion_files[] = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                                                  "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"};
+
+/// BOS and EOS for a config.json, as the source says.
+inline void read_special_ids(const Checkpoint& from, ConfigJsonOptions& out) {
+  const auto small = [](std::uint64_t v) { return static_cast<std::int32_t>(std::min<std::uint64_t>(v, 0x7fffffff)); };
+  if (const Gguf* g = from.gguf()) {
+    if (const auto id = g->get_uint("tokenizer.ggml.bos_token_id")) out.bos = small(*id);
+    if (const auto id = g->get_uint("tokenizer.ggml.eos_token_id")) out.eos = small(*id);
+  } else if (from.source == "safetensors") {
+    const json j = read_json(from.folder() / "config.json");
+    const JsonObject o(j, "config.json");
+    if (const json* v = o.find("bos_token_id"); v && v->is_number_unsigned()) out.bos = small(v->get<std::uint64_t>());
+    if (const json* v = o.find("eos_token_id"); v && v->is_number_unsigned()) out.eos = small(v->get<std::uint64_t>());
+  }
+}
+
+}  // namespace detail
+
+struct SaveSafetensorsOptions {
+  Format format = Format::f32;                                  // f32, f16 or bf16
+  std::uint64_t max_shard_bytes = std::uint64_t{5} << 30;       // a tensor is never cut
+  Progress progress = {};
+};
+
+/// Writes a folder in Hugging Face layout (RoPE layout `half`): config.json, model.safetensors or shards with an index, and
+/// the source's tokenizer files where it has such. Throws Error.
+inline void save_safetensors(const Checkpoint& from, const std::filesystem::path& folder, const SaveSafetensorsOptions& options = {}) {
+  namespace fs = std::filesystem;
+  const std::string_view dtype = info(options.format).safetensors;
+  if (dtype.empty()) throw Error(folder.string(), "format", "f32, f16 or bf16 for safetensors", std::string(name(options.format)));
+  std::error_code error;
+  fs::create_directories(folder, error);
+  if (!fs::is_directory(folder)) throw Error(folder.string(), "", "a folder that can be made", error ? error.message() : "a file");
+
+  std::vector<std::vector<Parameter>> shards(1);
+  std::uint64_t total = 0, shard_bytes = 0;
+  const auto bytes = [&](const Parameter& p) { return static_cast<std::uint64_t>(p.rows) * row_bytes(options.format, p.columns); };
+  for (const Parameter& p : detail::parameters_of(from.config)) {
+    if (!shards.back().empty() && shard_bytes + bytes(p) > options.max_shard_bytes) {
+      shards.emplace_back();
+      shard_bytes = 0;
+    }
+    shards.back().push_back(p);
+    shard_bytes += bytes(p);
+    total += bytes(p);
+  }
+
+  ConfigJsonOptions config{options.format == Format::f32 ? "float32" : options.format == Format::f16 ? "float16" : "bfloat16", 1, 2};
+  detail::read_special_ids(from, config);
+  detail::RowCopier rows(from, total, options.progress);
+  detail::json index;
+  index["metadata"]["total_size"] = total;
+  const auto number = [](std::size_t n) { return std::string(5 - std::min<std::size_t>(5, std::to_string(n).size()), '0') + std::to_string(n); };
+  for (std::size_t s = 0; s < shards.size(); ++s) {
+    const std::string file_name = shards.size() == 1 ? "model.safetensors" : "model-" + number(s + 1) + "-of-" + number(shards.size()) + ".safetensors";
+    std::vector<SafeTensorPlan> plan;
+    for (const Parameter& p : shards[s]) {
+      plan.push_back({p.hf_name(), std::string(dtype), p.role == Role::gain ? std::vector{p.columns} : std::vector{p.rows, p.columns}, bytes(p)});
+      index["weight_map"][p.hf_name()] = file_name;
+    }
+    write_safetensors(folder / file_name, plan, [&](std::size_t i, FileWriter& file) { rows.copy(shards[s][i], options.format, RopeLayout::half, file); });
+  }
+  const fs::path index_path = folder / "model.safetensors.index.json";
+  if (shards.size() > 1) write_file_atomically(index_path, [&](FileWriter& file) { file.write(index.dump(2) + "\n"); });
+  fs::remove(shards.size() > 1 ? folder / "model.safetensors" : index_path, error);  // of an earlier save, which readers would prefer or trip over
+  write_file_atomically(folder / "config.json", [&](FileWriter& file) { file.write(config_json(from.config, config)); });
+
+  if (from.source == "safetensors" && !fs::equivalent(from.folder(), folder, error))
+    for (const char* const name : detail::companion_files)
+      if (fs::exists(from.folder() / name, error) && !fs::copy_file(from.folder() / name, folder / name, fs::copy_options::overwrite_existing, error))
+        throw Error((folder / name).string(), "", "a file that can be written", error.message());
+  rows.finish();
+}
+
+struct SaveGgufOptions {
+  Mixture mixture = Format::f16;
+  std::string name = {};                        // general.name; of the source where empty
+  const Vocabulary* vocabulary = nullptr;       // for a source that is no GGUF file; without it the file has no tokenizer
+  Progress progress = {};
+};
+
+/// Writes one GGUF file (RoPE layout `interleaved`) that llama.cpp reads. A GGUF source's tokenizer is copied unless a
+/// vocabulary is given. Throws Error, also where the vocabulary has more pieces than the embedding has rows.
+inline void save_gguf(const Checkpoint& from, const std::filesystem::path& path, const SaveGgufOptions& options = {}) {
+  GgufMetadata metadata;
+  set_config(metadata, from.config);
+  std::string title = options.name;
+  const Gguf* const source = from.gguf();
+  if (title.empty() && source) title = source->get_string("general.name").value_or("");
+  if (title.empty()) title = std::filesystem::path(from.path).lexically_normal().stem().string();
+  metadata.set_string("general.name", title);
+  metadata.set_uint("general.file_type", options.mixture.gguf_file_type);
+  metadata.set_uint("general.quantization_version", 2);
+  if (options.vocabulary) {
+    if (options.vocabulary->pieces.size() > static_cast<std::size_t>(from.config.vocab))
+      throw Error(path.string(), "vocabulary", "at most " + std::to_string(from.config.vocab) + " pieces", std::to_string(options.vocabulary->pieces.size()));
+    set_vocabulary(metadata, *options.vocabulary);
+  } else if (source) {
+    for (const auto& [key, value] : source->metadata())
+      if (key.starts_with("tokenizer.")) metadata.copy(key, value);
+  }
+
+  const std::vector<Parameter> parameters = detail::parameters_of(from.config);
+  std::vector<GgufTensorPlan> plan;
+  std::uint64_t total = 0;
+  for (const Parameter& p : parameters) {
+    plan.push_back({p.gguf_name(), storage_format(options.mixture, from.config, p), p.rows, p.columns, p.role == Role::gain});
+    total += plan.back().bytes();
+  }
+  detail::RowCopier rows(from, total, options.progress);
+  write_gguf(path, metadata, plan, [&](std::size_t i, FileWriter& file) { rows.copy(parameters[i], plan[i].format, RopeLayout::interleaved, file); });
+  rows.finish();
+}
+
+}  // namespace tinyllama

@@ -1,0 +1,152 @@
+// Causal attention with grouped queries over a paged cache: online softmax, a page of 64 positions at a time, no T x T matrix.
+
+#include "tinyllama/kernels/cpu/isa-inl.h"
+
+#include <limits>
+
+TINYLLAMA_BEFORE_NAMESPACE();
+namespace tinyllama {
+namespace TINYLLAMA_ISA {
+namespace {
+
+inline constexpr int attention_rows = lanes >= 8 ? 4 : 2;      // query rows held in registers
+inline constexpr int attention_vectors = lanes >= 16 ? 4 : lanes >= 4 ? 2 : 1;  // vectors of positions, or of V's columns, for each of them
+
+// s [R, 64] = q [R, hd] K^T: K lies transposed, so that a lane is a position.
+template <class E, int R>
+HWY_INLINE void Scores(const float* const (&q)[R], const E* k, index_t head_dim, V scale, float (&s)[attention_rows][page_tokens]) {
+  const D d;
+  constexpr index_t step = attention_vectors * lanes;
+  for (index_t p = 0; p < page_tokens; p += step) {
+    V acc[R][attention_vectors];
+    TINYLLAMA_UNROLL for (int r = 0; r < R; ++r)
+      TINYLLAMA_UNROLL for (int j = 0; j < attention_vectors; ++j) acc[r][j] = hn::Zero(d);
+    for (index_t i = 0; i < head_dim; ++i) {
+      V kv[attention_vectors];
+      TINYLLAMA_UNROLL for (int j = 0; j < attention_vectors; ++j) kv[j] = Widen(d, k + i * page_tokens + p + j * lanes);
+      TINYLLAMA_UNROLL for (int r = 0; r < R; ++r) {
+        const V qi = hn::Set(d, q[r][i]);
+        TINYLLAMA_UNROLL for (int j = 0; j < attention_vectors; ++j) acc[r][j] = hn::MulAdd(qi, kv[j], acc[r][j]);
+      }
+    }
+    TINYLLAMA_UNROLL for (int r = 0; r < R; ++r)
+      TINYLLAMA_UNROLL for (int j = 0; j < attention_vectors; ++j) hn::Store(hn::Mul(acc[r][j], scale), d, s[r] + p + j * lanes);
+  }
+}
+
+// o [R, stride] = factor o + e [R, positions] V: a lane is a column of V.
+template <class E, int R, int NV>
+HWY_INLINE void Weighted(const float (&e)[attention_rows][page_tokens], const E* v, index_t stride, index_t column, index_t positions, const float (&factor)[R],
+                         float* o) {
+  const D d;
+  V acc[R][NV];
+  TINYLLAMA_UNROLL for (int r = 0; r < R; ++r)
+    TINYLLAMA_UNROLL for (int j = 0; j < NV; ++j)
+      acc[r][j] = hn::Mul(hn::Set(d, factor[r]), hn::LoadU(d, o + r * stride + column + j * lanes));
+  for (index_t p = 0; p < positions; ++p) {
+    V vv[NV];
+    TINYLLAMA_UNROLL for (int j = 0; j < NV; ++j) vv[j] = Widen(d, v + p * stride + column + j * lanes);
+    TINYLLAMA_UNROLL for (int r = 0; r < R; ++r) {
+      const V w = hn::Set(d, e[r][p]);
+      TINYLLAMA_UNROLL for (int j = 0; j < NV; ++j) acc[r][j] = hn::MulAdd(w, vv[j], acc[r][j]);
+    }
+  }
+  TINYLLAMA_UNROLL for (int r = 0; r < R; ++r)
+    TINYLLAMA_UNROLL for (int j = 0; j < NV; ++j) hn::StoreU(acc[r][j], d, o + r * stride + column + j * lanes);
+}
+
+/// R rows against one page: s and e are scores and their exponentials, `row` the first of the rows.
+template <class E, int R>
+void AttendPage(const AttentionTask& t, index_t row, index_t page) {
+  const D d;
+  const index_t stride = head_stride(t.head_dim), p0 = page * page_tokens;
+  const float* q[R];
+  index_t seen[R], most = 0;  // positions of this page that a row sees
+  for (int r = 0; r < R; ++r) {
+    const index_t token = (row + r) / t.group, last = t.position + token + 1 < t.end ? t.position + token + 1 : t.end;
+    q[r] = t.q + token * t.ldq + (row + r) % t.group * t.head_dim;
+    seen[r] = last - p0 < 0 ? 0 : last - p0 < page_tokens ? last - p0 : page_tokens;
+    most = seen[r] > most ? seen[r] : most;
+  }
+  if (most == 0) return;
+  alignas(64) float s[attention_rows][page_tokens];
+  Scores<E, R>(q, reinterpret_cast<const E*>(t.pages[page] + t.k_offset), t.head_dim, hn::Set(d, t.scale), s);
+  float factor[R];
+  const V lowest = hn::Set(d, -std::numeric_limits<float>::infinity());
+  for (int r = 0; r < R; ++r) {
+    V m = lowest;
+    for (index_t p = 0; p < page_tokens; p += lanes) {
+      // Beyond what the row sees lie other rows' keys or memory that was never written.
+      const V x = hn::IfThenElse(hn::Lt(hn::Iota(d, static_cast<float>(p)), hn::Set(d, static_cast<float>(seen[r]))), hn::Load(d, s[r] + p), lowest);
+      hn::Store(x, d, s[r] + p);
+      m = hn::Max(m, x);
+    }
+    alignas(64) float lane[lanes];
+    hn::Store(m, d, lane);
+    const float before = t.max[row + r];
+    float max = before;
+    for (index_t l = 0; l < lanes; ++l) max = lane[l] > max ? lane[l] : max;
+    if (seen[r] == 0) {
+      for (index_t p = 0; p < most; ++p) s[r][p] = 0;
+      factor[r] = 1.0f;
+      continue;
+    }
+    factor[r] = max == before ? 1.0f : std::exp(before - max);
+    V sum = hn::Zero(d);
+    const V vmax = hn::Set(d, max);
+    for (index_t p = 0; p < page_tokens; p += lanes) {
+      const V e = math::Exp(d, hn::Sub(hn::Load(d, s[r] + p), vmax));
+      hn::Store(e, d, s[r] + p);
+      sum = hn::Add(sum, e);
+    }
+    t.sum[row + r] = t.sum[row + r] * factor[r] + Total(sum);
+    t.max[row + r] = max;
+  }
+  const E* v = reinterpret_cast<const E*>(t.pages[page] + t.v_offset);
+  float* o = t.o + row * stride;
+  index_t column = 0;
+  for (; column + attention_vectors * lanes <= stride; column += attention_vectors * lanes)
+    Weighted<E, R, attention_vectors>(s, v, stride, column, most, factor, o);
+  for (; column < stride; column += lanes) Weighted<E, R, 1>(s, v, stride, column, most, factor, o);
+}
+
+template <class E>
+void Attend(const AttentionTask& t) {
+  const index_t stride = head_stride(t.head_dim);
+  for (index_t r = 0; r < t.rows; ++r) {
+    t.max[r] = -std::numeric_limits<float>::infinity();
+    t.sum[r] = 0;
+    for (index_t i = 0; i < stride; ++i) t.o[r * stride + i] = 0;
+  }
+  for (index_t page = t.begin / page_tokens; page * page_tokens < t.end; ++page) {
+    index_t r = 0;
+    for (; r + attention_rows <= t.rows; r += attention_rows) AttendPage<E, attention_rows>(t, r, page);
+    for (; r < t.rows; ++r) AttendPage<E, 1>(t, r, page);
+  }
+}
+
+void attention(const AttentionTask& t) {
+  if (t.format == Format::f32) Attend<float>(t);
+  else if (t.format == Format::f16) Attend<f16>(t);
+  else Attend<bf16>(t);
+}
+
+template <class E>
+void StoreKv(const StoreTask& t) {
+  E* k = reinterpret_cast<E*>(t.k_page) + t.slot;
+  E* v = reinterpret_cast<E*>(t.v_page) + t.slot * head_stride(t.head_dim);
+  for (index_t i = 0; i < t.head_dim; ++i) k[i * page_tokens] = static_cast<E>(t.k[i]);
+  for (index_t i = 0; i < t.head_dim; ++i) v[i] = static_cast<E>(t.v[i]);
+  for (index_t i = t.head_dim; i < head_stride(t.head_dim); ++i) v[i] = E();
+}
+
+void store_kv(const StoreTask& t) {
+  if (t.format == Format::f32) StoreKv<float>(t);
+  else if (t.format == Format::f16) StoreKv<f16>(t);
+  else StoreKv<bf16>(t);
+}
+
+}  // namespace
+}  // namespace TINYLLAMA_ISA
+}  // namespace tinyllama
+HWY_AFTER_NAMESPACE();

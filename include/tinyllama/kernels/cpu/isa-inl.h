@@ -1,0 +1,112 @@
+// For one pass over the kernels: the namespace of its instruction set, its attributes, and the dot products that Highway 1.0.3 lacks.
+// kernels/cpu/table-inl.h includes the kernel files once per instruction set and takes the guard back before each.
+
+#ifndef TINYLLAMA_ISA_INL_H_
+#define TINYLLAMA_ISA_INL_H_
+
+#include <hwy/highway.h>
+
+#include "tinyllama/kernels/cpu/math-inl.h"
+#include "tinyllama/kernels/kernels.hpp"
+
+#undef TINYLLAMA_ISA
+#undef TINYLLAMA_BF16_VNNI
+#undef TINYLLAMA_BEFORE_NAMESPACE
+#undef TINYLLAMA_UNROLL
+
+// Highway 1.0.3 has no target between AVX3 and Sapphire Rapids; Zen 4 and newer Xeons get a pass of their own over the AVX3 code. Names
+// differ, because inline functions of the same name built with different flags would be merged by the linker.
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86 && (defined(TINYLLAMA_EXTRA_PASS) || (defined(__AVX512BF16__) && defined(__AVX512VNNI__)))
+#define TINYLLAMA_ISA HWY_CONCAT(HWY_NAMESPACE, _BF16)
+#define TINYLLAMA_BF16_VNNI 1
+#else
+#define TINYLLAMA_ISA HWY_NAMESPACE
+#define TINYLLAMA_BF16_VNNI 0
+#endif
+
+#if defined(TINYLLAMA_EXTRA_PASS)
+#define TINYLLAMA_BEFORE_NAMESPACE() HWY_PUSH_ATTRIBUTES(HWY_TARGET_STR ",avx512bf16,avx512vnni") static_assert(true, "")
+#else
+#define TINYLLAMA_BEFORE_NAMESPACE() HWY_BEFORE_NAMESPACE()
+#endif
+
+// On every loop over an array of accumulators: without it g++ -O2 keeps the array in memory, at a third of the speed.
+// Vectors of fewer than 8 lanes do not get it: their 4 to 16 vectors a panel would take a minute to compile for CPUs that nobody measures.
+#if HWY_TARGET > HWY_AVX2 && HWY_ARCH_X86
+#define TINYLLAMA_UNROLL
+#elif HWY_COMPILER_CLANG
+#define TINYLLAMA_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define TINYLLAMA_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+TINYLLAMA_BEFORE_NAMESPACE();
+namespace tinyllama {
+namespace TINYLLAMA_ISA {
+namespace {
+
+namespace hn = hwy::HWY_NAMESPACE;
+namespace math = tinyllama::HWY_NAMESPACE;
+
+using D = hn::CappedTag<float, 16>;
+using DI = hn::RebindToSigned<D>;
+using DU = hn::RebindToUnsigned<D>;
+using V = hn::Vec<D>;
+using VI = hn::Vec<DI>;
+using VU = hn::Vec<DU>;  // four bytes a lane: codes of four columns
+inline constexpr index_t lanes = static_cast<index_t>(hn::MaxLanes(D()));  // the targets with vectors of unknown length are left out
+inline constexpr index_t subs = panel_rows / lanes;                        // vectors that make up the 16 rows of a panel
+
+/// 16-bit floats widened: [lanes] elements at p.
+HWY_INLINE V Widen(D d, const float* p) { return hn::LoadU(d, p); }
+HWY_INLINE V Widen(D d, const f16* p) {
+  const hn::Rebind<hwy::float16_t, D> dh;
+  return hn::PromoteTo(d, hn::LoadU(dh, reinterpret_cast<const hwy::float16_t*>(p)));
+}
+HWY_INLINE V Widen(D d, const bf16* p) {
+  const hn::Rebind<std::uint16_t, D> d16;
+  return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(DU(), hn::LoadU(d16, reinterpret_cast<const std::uint16_t*>(p)))));
+}
+
+/// Sum over lanes, in a fixed order.
+HWY_INLINE float Total(V v) {
+  alignas(64) float x[lanes];
+  hn::Store(v, D(), x);
+  for (index_t step = lanes / 2; step > 0; step /= 2)
+    for (index_t i = 0; i < step; ++i) x[i] += x[i + step];
+  return x[0];
+}
+
+/// acc[lane] += sum of the lane's four products of unsigned codes and signed activations.
+HWY_INLINE VI DotU8S8(VI acc, VU codes, std::uint32_t four_activations) {
+#if TINYLLAMA_BF16_VNNI
+  return VI{_mm512_dpbusd_epi32(acc.raw, codes.raw, _mm512_set1_epi32(static_cast<int>(four_activations)))};
+#elif HWY_ARCH_X86 && HWY_TARGET != HWY_SCALAR
+  const DI di;
+  // Even and odd bytes as 16-bit lanes: products fit, and madd adds the pairs of each 32-bit lane.
+  const hn::Repartition<std::uint16_t, D> du16;
+  const hn::Repartition<std::int16_t, D> di16;
+  const auto w = hn::BitCast(du16, codes);
+  const auto a = hn::BitCast(di16, hn::Set(di, static_cast<std::int32_t>(four_activations)));
+  const auto even = hn::BitCast(di16, hn::And(w, hn::Set(du16, std::uint16_t{0xff}))), odd = hn::BitCast(di16, hn::ShiftRight<8>(w));
+  VI unused = hn::Zero(di);
+  acc = hn::ReorderWidenMulAccumulate(di, even, hn::ShiftRight<8>(hn::ShiftLeft<8>(a)), acc, unused);
+  return hn::ReorderWidenMulAccumulate(di, odd, hn::ShiftRight<8>(a), acc, unused);
+#else
+  const DI di;
+  const VI w = hn::BitCast(di, codes);
+  const VI mask = hn::Set(di, 0xff);
+  for (int i = 0; i < 4; ++i) {
+    const VI a = hn::Set(di, static_cast<std::int8_t>(four_activations >> (8 * i)));
+    acc = hn::Add(acc, hn::Mul(hn::And(hn::ShiftRightSame(w, 8 * i), mask), a));
+  }
+  return acc;
+#endif
+}
+
+}  // namespace
+}  // namespace TINYLLAMA_ISA
+}  // namespace tinyllama
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,0 +1,34 @@
+// Every kernel for one instruction set, as a table; under foreach_target, for each of them, and once more for AVX-512 with BF16 and VNNI.
+
+#if defined(TINYLLAMA_TABLE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef TINYLLAMA_TABLE_INL_H_
+#undef TINYLLAMA_TABLE_INL_H_
+#else
+#define TINYLLAMA_TABLE_INL_H_
+#endif
+
+#undef TINYLLAMA_ISA_INL_H_
+#include "tinyllama/kernels/cpu/elementwise-inl.h"
+#include "tinyllama/kernels/cpu/attention-inl.h"
+#include "tinyllama/kernels/cpu/matmul-inl.h"
+
+#define TINYLLAMA_KERNEL_ENTRY(name, ...) &name,
+namespace tinyllama::TINYLLAMA_ISA {
+[[maybe_unused]] static constexpr Kernels table = {HWY_STR(TINYLLAMA_ISA), TINYLLAMA_BF16_VNNI != 0, TINYLLAMA_KERNELS(TINYLLAMA_KERNEL_ENTRY)};
+}
+
+#if defined(TINYLLAMA_DISPATCH_UNIT) && HWY_TARGET == HWY_AVX3 && HWY_ARCH_X86 && !TINYLLAMA_BF16_VNNI
+#define TINYLLAMA_EXTRA_PASS
+#undef TINYLLAMA_ISA_INL_H_
+#include "tinyllama/kernels/cpu/elementwise-inl.h"
+#include "tinyllama/kernels/cpu/attention-inl.h"
+#include "tinyllama/kernels/cpu/matmul-inl.h"
+namespace tinyllama::TINYLLAMA_ISA {
+static constexpr Kernels table = {HWY_STR(TINYLLAMA_ISA), true, TINYLLAMA_KERNELS(TINYLLAMA_KERNEL_ENTRY)};
+}
+#undef TINYLLAMA_EXTRA_PASS
+#define TINYLLAMA_HAVE_EXTRA_PASS
+#endif
+#undef TINYLLAMA_KERNEL_ENTRY
+
+#endif

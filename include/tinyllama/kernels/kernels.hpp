@@ -1,0 +1,82 @@
+// The list of CPU kernels: what one thread does to its share of an operation. Each instruction set fills one table of them.
+#pragma once
+
+#include "tinyllama/config/rope_layout.hpp"
+#include "tinyllama/kernels/pack.hpp"
+
+namespace tinyllama {
+
+/// Y [m, n] = X [m, k] W^T for the rows of W in some panels; X is given in the form that the kernel takes.
+struct MatmulTask {
+  const std::byte* w;        // packed panels of W [n, k]
+  Format format;
+  index_t m, n, k;
+  float* y;                  // [m, n], rows ldy apart
+  index_t ldy;
+  const float* x;            // matmul_f32: [m, k], rows ldx apart, 0 at column k where k is odd
+  const bf16* x_bf16;        // matmul_bf16: the same in bf16
+  index_t ldx;
+  const std::int8_t* x_q8;   // matmul_int8: [m, k] with a scale and a sum for each 32 columns and a sum for each 16
+  const float *x_scale, *x_sum32, *x_sum16;
+};
+
+/// Positions a page of the KV cache holds. K lies [head_dim][page_tokens] (lanes are positions), V [page_tokens][head_stride].
+inline constexpr index_t page_tokens = 64;
+/// Head dimension as stored in V and in attention's partial results: whole 16-lane vectors.
+constexpr index_t head_stride(index_t head_dim) { return (head_dim + 15) / 16 * 16; }
+inline constexpr index_t max_head_stride = 256;  // the largest head dimension that attention takes
+/// Bytes of K and of V for one page of one KV head.
+constexpr index_t page_k_bytes(Format f, index_t head_dim) { return head_dim * page_tokens * info(f).bytes; }
+constexpr index_t page_v_bytes(Format f, index_t head_dim) { return head_stride(head_dim) * page_tokens * info(f).bytes; }
+
+/// Query rows that share one KV head, against a range of positions: row r is head r % group of token r / group.
+struct AttentionTask {
+  const float* q;                   // element [token][head in group][head_dim]; tokens ldq apart
+  index_t ldq, head_dim, group, rows;
+  index_t position;                 // of token 0; a row sees positions up to its own
+  const std::byte* const* pages;    // base of each page
+  index_t k_offset, v_offset;       // of this layer and KV head in a page, in bytes
+  Format format;                    // f32, f16 or bf16
+  index_t begin, end;               // positions to attend to; begin is a multiple of page_tokens
+  float scale;                      // 1 / sqrt(head_dim)
+  float* o;                         // [rows, head_stride]: sum of exp(s - max) v, not yet divided by the sum
+  float *max, *sum;                 // [rows]
+};
+
+/// K and V of one token and one KV head into the cache.
+struct StoreTask {
+  const float *k, *v;               // [head_dim]
+  index_t head_dim, slot;           // place in the page
+  std::byte *k_page, *v_page;
+  Format format;
+};
+
+// name, parameters. All return void and touch only what their arguments name.
+#define TINYLLAMA_KERNELS(K)                                                                                                                   \
+  K(rmsnorm, float* out, const float* x, const float* gain, index_t n, float eps)                        /* out = gain x / rms(x) */            \
+  K(add_rmsnorm, float* out, float* x, const float* residual, const float* gain, index_t n, float eps)   /* x += residual, then the same */     \
+  K(add, float* x, const float* residual, index_t n)                                                     /* x += residual */                    \
+  K(rope, float* x, const float* cos, const float* sin, index_t heads, index_t head_dim, RopeLayout layout)                                    \
+  K(swiglu, float* out, const float* gate, const float* up, index_t n)                                   /* out = gate sigmoid(gate) up */      \
+  K(softmax, float* out, const float* x, index_t n, float scale)                                         /* of scale x; in place allowed */     \
+  K(store_kv, const StoreTask& task)                                                                                                           \
+  K(attention, const AttentionTask& task)                                                                                                      \
+  K(round_bf16, bf16* out, const float* x, index_t n)                                                    /* to nearest even */                  \
+  K(quantise_activations, std::int8_t* q, float* scale, float* sum32, float* sum16, const float* x, index_t n)                                 \
+  K(matmul_f32, const MatmulTask& task, index_t first_panel, index_t last_panel)                                                               \
+  K(matmul_bf16, const MatmulTask& task, index_t first_panel, index_t last_panel)                                                              \
+  K(matmul_int8, const MatmulTask& task, index_t first_panel, index_t last_panel)
+
+/// One instruction set's kernels.
+struct Kernels {
+  const char* instruction_set;
+  bool bf16_dot;  // matmul_bf16 is faster than matmul_f32 here
+#define TINYLLAMA_KERNEL_MEMBER(name, ...) void (*name)(__VA_ARGS__);
+  TINYLLAMA_KERNELS(TINYLLAMA_KERNEL_MEMBER)
+#undef TINYLLAMA_KERNEL_MEMBER
+};
+
+/// Columns of X that a matmul kernel reads: k, made even.
+constexpr index_t even(index_t k) { return k + k % 2; }
+
+}  // namespace tinyllama

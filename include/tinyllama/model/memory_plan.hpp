@@ -1,0 +1,91 @@
+// Bytes that a model needs, as constants: weights by format, KV cache, activations.
+#pragma once
+
+#include <algorithm>
+
+#include "tinyllama/config/parameters.hpp"
+#include "tinyllama/device/cpu.hpp"
+
+namespace tinyllama {
+
+/// What the plan is for.
+struct PlanOptions {
+  index_t batch = 1;                 ///< sequences
+  index_t tokens = 2048;             ///< positions of each, prompt and answer
+  index_t chunk = 512;               ///< tokens of a prefill step
+  Format weights = Format::bf16;     ///< of the matrices; gains are f32
+  Format cache = Format::f16;
+  index_t logits_rows = 1;           ///< rows of logits kept of a step, for each sequence
+};
+
+/// In bytes.
+struct MemoryPlan {
+  std::size_t weights = 0, cache = 0, activations = 0;
+  constexpr std::size_t total() const { return weights + cache + activations; }
+};
+
+constexpr std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/// The activations of one step, the one list: f(Activation, rows, columns). `rows` tokens, `logits` rows of logits. All f32.
+enum class Activation : std::uint8_t { residual, normed, projected, qkv, attended, gate_up, gated, cos, sin, selected, logits };
+template <Config C, class F>
+constexpr void for_each_activation(const C& c, index_t rows, index_t logits, F&& f) {
+  const index_t d = c.hidden, hd = head_dim(c), kv = c.kv_heads * hd;
+  f(Activation::residual, rows, d);             // x
+  f(Activation::normed, rows, d);               // what a block reads
+  f(Activation::projected, rows, d);            // what a block adds to x
+  f(Activation::qkv, rows, d + 2 * kv);
+  f(Activation::attended, rows, d);
+  f(Activation::gate_up, rows, index_t{2} * c.ffn);
+  f(Activation::gated, rows, index_t{c.ffn});
+  f(Activation::cos, rows, hd / 2);
+  f(Activation::sin, rows, hd / 2);
+  f(Activation::selected, logits, d);           // rows whose logits are wanted
+  f(Activation::logits, logits, index_t{c.vocab});
+}
+
+template <Config C>
+constexpr std::size_t activation_bytes(const C& c, index_t rows, index_t logits) {
+  std::size_t bytes = 0;
+  for_each_activation(c, rows, logits, [&](Activation, index_t r, index_t n) { bytes += aligned(static_cast<std::size_t>(r * n) * sizeof(float)); });
+  return bytes;
+}
+
+/// Bytes of one tensor as the model keeps it: gains f32, an untied embedding in rows, matrices packed.
+constexpr std::size_t stored_bytes(const Parameter& p, Format f, bool tied) {
+  if (p.role == Role::gain) return aligned(static_cast<std::size_t>(p.columns) * sizeof(float));
+  if (p.role == Role::embedding && !tied) return aligned(static_cast<std::size_t>(p.rows) * row_bytes(f, p.columns));
+  return aligned(packed_bytes(f, p.rows, p.columns));
+}
+
+template <Config C>
+constexpr CacheShape cache_shape(const C& c, Format f) { return {f, c.layers, c.kv_heads, head_dim(c)}; }
+
+/// Scratch of the device for one step of `rows` tokens.
+template <Config C>
+constexpr std::size_t step_scratch(const C& c, const CacheShape& cache, index_t rows, index_t split_rows, index_t length) {
+  return std::max(Cpu::matmul_scratch(rows, std::max(c.ffn, c.hidden)), split_rows ? Cpu::attention_scratch(cache, c.heads, split_rows, length) : 0);
+}
+
+/// The plan, with the format of each tensor given by `format_of(const Parameter&)`, as files may mix them.
+template <Config C, class F>
+constexpr MemoryPlan memory_plan(const C& c, const PlanOptions& o, F&& format_of) {
+  MemoryPlan plan;
+  for_each_parameter(c, [&](const Parameter& p) { plan.weights += stored_bytes(p, format_of(p), c.tied); });
+  const CacheShape cache = cache_shape(c, o.cache);
+  plan.cache = static_cast<std::size_t>(o.batch * ((o.tokens + page_tokens - 1) / page_tokens)) * aligned(static_cast<std::size_t>(cache.page_bytes()));
+  const index_t rows = std::max(o.batch, std::min(o.chunk, o.tokens));
+  plan.activations = activation_bytes(c, rows, o.batch * o.logits_rows) + step_scratch(c, cache, rows, o.batch, o.tokens);
+  return plan;
+}
+template <Config C>
+constexpr MemoryPlan memory_plan(const C& c, const PlanOptions& o) {
+  return memory_plan(c, o, [&](const Parameter& p) { return p.columns % info(o.weights).block == 0 ? o.weights : Format::f16; });
+}
+template <StaticConfig C>
+constexpr MemoryPlan memory_plan(const PlanOptions& o = {}) { return memory_plan(C{}, o); }
+
+static_assert(memory_plan<tinyllama_1b>({.tokens = 64, .weights = Format::bf16}).cache == 64 * 22'528);  // 22,528 bytes a token at 16 bits
+static_assert(memory_plan<tinyllama_1b>({.weights = Format::bf16}).weights == std::size_t{2} * 1'100'048'384 + 2 * 45 * 2048);  // the 45 gains are f32
+
+}  // namespace tinyllama

@@ -1,0 +1,114 @@
+// A model's weights on a device: one block of memory, matrices packed, QKV one matrix and gate and up one.
+#pragma once
+
+#include <cmath>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "tinyllama/io/checkpoint.hpp"
+#include "tinyllama/model/memory_plan.hpp"
+
+namespace tinyllama {
+
+/// How a checkpoint becomes a model.
+struct LoadOptions {
+  Compute compute = Compute::automatic;  ///< arithmetic of the matrix products
+  Format cache = Format::f16;            ///< of keys and values: f32, f16 or bf16
+  bool tokenizer = true;                 ///< load the checkpoint's tokenizer too
+  std::function<void(std::size_t done, std::size_t total)> progress = {};  ///< bytes read
+};
+
+/// Weights of one layer.
+struct LayerWeights {
+  const float* attn_norm = nullptr;  // [hidden]
+  Linear qkv;                        // [(heads + 2 kv_heads) head_dim, hidden]
+  Linear o;                          // [hidden, hidden]
+  const float* ffn_norm = nullptr;   // [hidden]
+  Linear gate_up;                    // [2 ffn, hidden]
+  Linear down;                       // [hidden, ffn]
+};
+
+/// All weights, and what follows from them. Immutable once built; models share it.
+template <Config C, Device D>
+struct Weights {
+  C config;
+  D* device = nullptr;
+  RopeLayout rope = RopeLayout::half;
+  CacheShape cache;
+  Matrix embedding;                  // [vocab, hidden]
+  std::vector<LayerWeights> layers;
+  const float* final_norm = nullptr; // [hidden]
+  Linear head;                       // [vocab, hidden]; the embedding where tied
+  std::vector<double> frequencies;   // [head_dim / 2]: base^(-2 i / head_dim) / scale
+  Memory<D> memory;
+
+  /// Reads every tensor of `file`, packs it and gives its pages back, so that the peak is this model and one tensor.
+  static std::shared_ptr<const Weights> from(D& dev, const C& config, const Checkpoint& file, const LoadOptions& options) {
+    auto w = std::make_shared<Weights>();
+    w->config = config, w->device = &dev, w->rope = file.rope;
+    if (options.cache != Format::f32 && options.cache != Format::f16 && options.cache != Format::bf16)
+      throw Error("load", "cache format", "f32, f16 or bf16", name(options.cache));
+    w->cache = cache_shape(config, options.cache);
+    if (head_stride(head_dim(config)) > max_head_stride)
+      throw Error(file.path, "head dimension", "at most " + std::to_string(max_head_stride), std::to_string(head_dim(config)));
+    std::size_t total = 0, bytes = 0;
+    for_each_parameter(config, [&](const Parameter& p) {
+      const StoredTensor& t = file.tensor(p);
+      total += stored_bytes(p, t.format, config.tied), bytes += t.bytes.size();
+    });
+    w->memory = Memory<D>(dev, total);
+    w->layers.resize(static_cast<std::size_t>(config.layers));
+    std::byte* at = w->memory.data();
+    std::size_t done = 0;
+    for_each_parameter(config, [&](const Parameter& p) {
+      const StoredTensor& t = file.tensor(p);
+      w->place(p, t, at, options.compute);
+      at += stored_bytes(p, t.format, config.tied);
+      file.release(t);
+      if (options.progress) options.progress(done += t.bytes.size(), bytes);
+    });
+    if (config.tied) w->head = Linear(w->embedding, options.compute);
+    const int hd = head_dim(config);
+    for (int i = 0; i < hd / 2; ++i)
+      w->frequencies.push_back(std::pow(static_cast<double>(config.rope_base), -2.0 * i / hd) / static_cast<double>(config.rope_scale));
+    return w;
+  }
+
+ private:
+  void place(const Parameter& p, const StoredTensor& t, std::byte* at, Compute compute) {
+    const Matrix stored{t.format, false, t.rows, t.columns, t.bytes.data()};
+    if (p.role == Role::gain) {
+      auto* gain = reinterpret_cast<float*>(at);
+      decode_row(t.format, t.bytes.data(), gain, t.columns);
+      (p.slot == Slot::final_norm ? final_norm : p.slot == Slot::attn_norm ? layer(p).attn_norm : layer(p).ffn_norm) = gain;
+      return;
+    }
+    if (p.role == Role::embedding && !config.tied) {
+      // Looked up and never multiplied with: rows, as in the file.
+      std::memcpy(at, t.bytes.data(), t.bytes.size());
+      embedding = stored;
+      embedding.data = at;
+      return;
+    }
+    const Matrix packed = device->pack(at, stored);
+    if (p.role == Role::embedding) {
+      embedding = packed;
+      return;
+    }
+    const auto add = [&](Linear& to) {
+      to.part[static_cast<std::size_t>(to.parts++)] = packed;
+      to.compute = compute;
+    };
+    switch (p.slot) {
+      case Slot::q: case Slot::k: case Slot::v: return add(layer(p).qkv);
+      case Slot::o: return add(layer(p).o);
+      case Slot::gate: case Slot::up: return add(layer(p).gate_up);
+      case Slot::down: return add(layer(p).down);
+      default: return add(head);
+    }
+  }
+  LayerWeights& layer(const Parameter& p) { return layers[static_cast<std::size_t>(p.layer)]; }
+};
+
+}  // namespace tinyllama

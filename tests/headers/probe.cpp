@@ -1,0 +1,1 @@
+// Never compiled: CMake asks this unit's target for its flags.
