@@ -1,4 +1,4 @@
-# The library's two targets. Both are INTERFACE: headers, and for run-time dispatch one source that each program compiles once.
+# The library's two targets. Both are INTERFACE: headers, and for run-time dispatch two sources that each program compiles once.
 include(GNUInstallDirs)
 
 # tinyllama::headers: the kernels are compiled for the instruction set of the unit's own -m flags; nothing to link but threads.
@@ -20,13 +20,13 @@ add_library(tinyllama_tinyllama INTERFACE)
 add_library(tinyllama::tinyllama ALIAS tinyllama_tinyllama)
 set_target_properties(tinyllama_tinyllama PROPERTIES EXPORT_NAME tinyllama)
 target_link_libraries(tinyllama_tinyllama INTERFACE tinyllama_headers)
-set(tinyllama_dispatch_source include/tinyllama/kernels/cpu/dispatch.cpp)
-if(EXISTS ${PROJECT_SOURCE_DIR}/${tinyllama_dispatch_source})
-  target_compile_definitions(tinyllama_tinyllama INTERFACE TINYLLAMA_DISPATCH)
-  target_link_libraries(tinyllama_tinyllama INTERFACE hwy::hwy)
+target_compile_definitions(tinyllama_tinyllama INTERFACE TINYLLAMA_DISPATCH)
+target_link_libraries(tinyllama_tinyllama INTERFACE hwy::hwy)
+set(tinyllama_sources kernels/cpu/dispatch.cpp io/compiled.cpp)
+foreach(source IN LISTS tinyllama_sources)
   target_sources(tinyllama_tinyllama INTERFACE
-    $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/${tinyllama_dispatch_source}>
-    $<INSTALL_INTERFACE:$<INSTALL_PREFIX>/${CMAKE_INSTALL_INCLUDEDIR}/tinyllama/kernels/cpu/dispatch.cpp>)
-endif()
+    $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include/tinyllama/${source}>
+    $<INSTALL_INTERFACE:$<INSTALL_PREFIX>/${CMAKE_INSTALL_INCLUDEDIR}/tinyllama/${source}>)
+endforeach()
 
 # CUDA's place: tinyllama::cuda = headers + the CUDA runtime, behind an option TINYLLAMA_CUDA.

@@ -9,16 +9,18 @@ endif()
 
 add_library(tinyllama_warnings INTERFACE)
 target_compile_options(tinyllama_warnings INTERFACE -Wall -Wextra -Wpedantic -Wshadow $<$<BOOL:${TINYLLAMA_WERROR}>:-Werror>)
-
-# A user's program compiles dispatch.cpp itself; ours are some 30, so here it is a library.
-if(EXISTS ${PROJECT_SOURCE_DIR}/${tinyllama_dispatch_source})
-  add_library(tinyllama_own STATIC ${tinyllama_dispatch_source})
-  target_compile_definitions(tinyllama_own PUBLIC TINYLLAMA_DISPATCH)
-  target_link_libraries(tinyllama_own PUBLIC tinyllama_headers hwy::hwy PRIVATE tinyllama_warnings)
-else()
-  add_library(tinyllama_own INTERFACE)
-  target_link_libraries(tinyllama_own INTERFACE tinyllama_headers)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  # g++ 12 sees overlapping copies in "literal" + std::string (GCC bug 105651).
+  target_compile_options(tinyllama_warnings INTERFACE -Wno-restrict)
 endif()
+
+# A user's program compiles these sources itself; ours are some 30, so here they are a library.
+add_library(tinyllama_own STATIC)
+foreach(source IN LISTS tinyllama_sources)
+  target_sources(tinyllama_own PRIVATE ${PROJECT_SOURCE_DIR}/include/tinyllama/${source})
+endforeach()
+target_compile_definitions(tinyllama_own PUBLIC TINYLLAMA_DISPATCH)
+target_link_libraries(tinyllama_own PUBLIC tinyllama_headers hwy::hwy PRIVATE tinyllama_warnings)
 
 # tinyllama_program(NAME SOURCES... [STATIC_DISPATCH] [NATIVE] [PACKAGES targets...]); targets that were not found are left out.
 function(tinyllama_program name)

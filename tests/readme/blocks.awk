@@ -1,7 +1,7 @@
 # Writes the ```cpp blocks of a Markdown file as OUT/program_LINE.cpp or OUT/fragment_LINE.cpp, LINE being where the block begins.
 # In a fragment, #include lines, namespace aliases, structs and templates go to namespace scope; the rest becomes a function's body.
 # A fragment sees prelude.hpp, and all that earlier fragments of the file defined at namespace scope.
-function count(text, what,   copy) { copy = text; return gsub(what, "", copy) }
+function count(text, what) { return gsub(what, "", text) }
 function finish() {
   if (program) {
     file = out "/program_" first ".cpp"
@@ -22,8 +22,10 @@ function finish() {
   if (!definition && $0 ~ /^(struct|template|class) /) definition = 1
   if (definition) {
     outside = outside "#line " FNR " \"README.md\"\n" $0 "\n"
-    depth += count($0, "{") - count($0, "}")
-    if (depth == 0 && $0 ~ /[;}][ \t]*(\/\/.*)?$/) definition = 0
+    code = $0
+    sub(/[ \t]*\/\/.*$/, "", code)
+    depth += count(code, "{") - count(code, "}")
+    if (depth == 0 && code ~ /[;}]$/) definition = 0
   } else if ($0 ~ /^(#include|namespace [a-z_]+ *=|using )/) {
     outside = outside "#line " FNR " \"README.md\"\n" $0 "\n"
   } else {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -151,7 +152,7 @@ class Cpu {
   /// n floats from one place of the device's memory to another.
   void copy(float* to, const float* from, index_t n) const { std::copy_n(from, n, to); }
 
-  /// y [T, N] = x [T, K] w^T.
+  /// y [T, N] = x [T, K] w^T. Matrices in rows are packed as they are read, a few panels at a time: right, and slower than weights packed once.
   void matmul(View<float, dyn, dyn> y, View<const float, dyn, dyn> x, const Linear& w);
 
   /// The packed form of `from` (in rows), written to `to`, which has packed_bytes() of room.
@@ -159,15 +160,7 @@ class Cpu {
     Matrix m = from;
     m.packed = true;
     m.data = to;
-    const std::size_t stride = row_bytes(from.format, from.columns);
-    visit(from.format, [&]<Format F>() {
-      const std::size_t bytes = panel_bytes<F>(from.columns);
-      parallel_for((from.rows + panel_rows - 1) / panel_rows, 4, [&](index_t begin, index_t end) {
-        for (index_t p = begin; p < end; ++p)
-          pack_panel<F>(from.data + static_cast<std::size_t>(p * panel_rows) * stride, stride, static_cast<int>(std::min(panel_rows, from.rows - p * panel_rows)),
-                        from.columns, to + static_cast<std::size_t>(p) * bytes);
-      });
-    });
+    parallel_for((from.rows + panel_rows - 1) / panel_rows, 4, [&](index_t begin, index_t end) { pack_panels(to, from, begin, end); });
     return m;
   }
 
@@ -188,6 +181,16 @@ class Cpu {
  private:
   template <class T>
   static T* at(View<T, dyn, dyn> v, index_t row) { return v.data() + row * v.stride(0); }
+
+  // Panels [first, last) of `from` to their place in `to`.
+  static void pack_panels(std::byte* to, const Matrix& from, index_t first, index_t last) {
+    visit(from.format, [&]<Format F>() {
+      const std::size_t stride = row_bytes(F, from.columns), bytes = panel_bytes<F>(from.columns);
+      for (index_t p = first; p < last; ++p)
+        pack_panel<F>(from.data + static_cast<std::size_t>(p * panel_rows) * stride, stride, static_cast<int>(std::min(panel_rows, from.rows - p * panel_rows)),
+                      from.columns, to + static_cast<std::size_t>(p) * bytes);
+    });
+  }
 
   // A row each; small work stays on the caller's thread, where a fork would cost more.
   template <class F>
@@ -215,7 +218,8 @@ class Cpu {
 
 inline void Cpu::matmul(View<float, dyn, dyn> y, View<const float, dyn, dyn> x, const Linear& w) {
   const index_t m = y.extent(0), k = w.columns();
-  if (m == 0 || k == 0) return;
+  if (m == 0) return;
+  if (k == 0) return rows(m, w.rows(), [&](index_t i) { std::fill_n(at(y, i), w.rows(), 0.0f); });
   // Each part picks its arithmetic; the activations are converted once for each that occurs.
   const auto compute_of = [&](const Matrix& a) {
     if (is_quantised(a.format)) return w.compute == Compute::f32 ? Compute::f32 : Compute::int8;
@@ -229,11 +233,17 @@ inline void Cpu::matmul(View<float, dyn, dyn> y, View<const float, dyn, dyn> x, 
     const Compute c = compute[static_cast<std::size_t>(i)] = compute_of(w.part[static_cast<std::size_t>(i)]);
     any_int8 |= c == Compute::int8, any_bf16 |= c == Compute::bf16, any_f32 |= c == Compute::f32;
   }
-  const auto uk = static_cast<std::size_t>(k), um = static_cast<std::size_t>(m);
+  const auto uk = static_cast<std::size_t>(k), uk_even = static_cast<std::size_t>(even(k)), um = static_cast<std::size_t>(m);
   const bool pad = k % 2 != 0 && any_f32;
-  const std::size_t q8_bytes = any_int8 ? (um * uk + um * uk / 2 + 63) / 64 * 64 : 0, bf16_bytes = any_bf16 ? (um * 2 * (uk + 1) + 63) / 64 * 64 : 0;
-  const std::size_t pad_bytes = pad ? um * 4 * (uk + 1) : 0;
-  std::byte* s = scratch(q8_bytes + bf16_bytes + pad_bytes);
+  const std::size_t q8_bytes = any_int8 ? (um * uk + um * uk / 2 + 63) / 64 * 64 : 0, bf16_bytes = any_bf16 ? (um * 2 * uk_even + 63) / 64 * 64 : 0;
+  const std::size_t pad_bytes = pad ? (um * 4 * uk_even + 63) / 64 * 64 : 0;
+  // Panels of matrices that are not packed, for each thread.
+  const index_t unpacked_grain = m > 1 ? 3 : 1;
+  std::size_t panels_bytes = 0;
+  for (int i = 0; i < w.parts; ++i)
+    if (const Matrix& a = w.part[static_cast<std::size_t>(i)]; !a.packed)
+      panels_bytes = std::max(panels_bytes, (static_cast<std::size_t>(unpacked_grain) * panel_bytes(a.format, k) + 63) / 64 * 64);
+  std::byte* s = scratch(q8_bytes + bf16_bytes + pad_bytes + panels_bytes * static_cast<std::size_t>(threads()));
   MatmulTask task{};
   task.m = m, task.k = k, task.ldy = y.stride(0), task.x = x.data(), task.ldx = x.stride(0);
   if (any_int8) {
@@ -263,33 +273,48 @@ inline void Cpu::matmul(View<float, dyn, dyn> y, View<const float, dyn, dyn> x, 
     task.x = p, task.ldx = even(k);
   }
   // One fork for all parts: a unit is a few panels of one of them.
-  struct Share { MatmulTask task; void (*kernel)(const MatmulTask&, index_t, index_t); index_t panels, grain, units; };
+  struct Share { const Matrix* matrix; MatmulTask task; void (*kernel)(const MatmulTask&, index_t, index_t); index_t panels, grain, units; };
   std::array<Share, 3> shares{};
   index_t column = 0, units = 0;
   for (int i = 0; i < w.parts; ++i) {
     const Matrix& a = w.part[static_cast<std::size_t>(i)];
     Share& share = shares[static_cast<std::size_t>(i)];
     const Compute c = compute[static_cast<std::size_t>(i)];
-    share.task = c == Compute::bf16 ? narrow : task;
+    share.matrix = &a, share.task = c == Compute::bf16 ? narrow : task;
     share.task.w = a.data, share.task.format = a.format, share.task.n = a.rows, share.task.y = y.data() + column;
     share.kernel = c == Compute::bf16 ? kernels_->matmul_bf16 : c == Compute::int8 ? kernels_->matmul_int8 : kernels_->matmul_f32;
     share.panels = (a.rows + panel_rows - 1) / panel_rows;
     // Enough bytes a unit to hide the fetch of the next one; a multiple of 3 panels, which the wide tiles take at a time.
     const auto bytes = static_cast<index_t>(panel_bytes(a.format, k));
-    share.grain = m > 1 ? 6 : std::clamp<index_t>((index_t{128} << 10) / std::max<index_t>(1, bytes), 1, 64);
+    share.grain = !a.packed ? unpacked_grain : m > 1 ? 6 : std::clamp<index_t>((index_t{128} << 10) / std::max<index_t>(1, bytes), 1, 64);
     share.units = (share.panels + share.grain - 1) / share.grain;
     units += share.units, column += a.rows;
   }
-  const auto run = [&](index_t unit) {
+  const auto run = [&](index_t unit, std::byte* panels) {
     std::size_t i = 0;
     while (unit >= shares[i].units) unit -= shares[i++].units;
     const Share& share = shares[i];
-    share.kernel(share.task, unit * share.grain, std::min(share.panels, (unit + 1) * share.grain));
+    const index_t first = unit * share.grain, last = std::min(share.panels, first + share.grain);
+    if (share.matrix->packed) return share.kernel(share.task, first, last);
+    const index_t row = first * panel_rows;
+    Matrix some = *share.matrix;
+    some.rows = std::min(some.rows - row, (last - first) * panel_rows);
+    some.data += static_cast<std::size_t>(row) * row_bytes(some.format, k);
+    pack_panels(panels, some, 0, last - first);
+    MatmulTask t = share.task;
+    t.w = panels, t.n = some.rows, t.y += row;
+    share.kernel(t, 0, last - first);
   };
+  std::byte* panels = s + q8_bytes + bf16_bytes + pad_bytes;
   if (m * k * w.rows() < 32768) {  // the tiny models of tests: a fork would cost more than the product
-    for (index_t u = 0; u < units; ++u) run(u);
+    for (index_t u = 0; u < units; ++u) run(u, panels);
+  } else if (panels_bytes == 0) {
+    pool_->run(units, [&](index_t u) { run(u, nullptr); });
   } else {
-    pool_->run(units, run);
+    std::atomic<index_t> next{0};  // of the units, so that a job of the pool is a thread with panels of its own
+    pool_->run(threads(), [&](index_t thread) {
+      for (index_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < units;) run(u, panels + static_cast<std::size_t>(thread) * panels_bytes);
+    });
   }
 }
 

@@ -81,6 +81,12 @@ void matmul(D& dev, View<float, T, N> y, View<X, S, K> x, const Linear& w) {
   detail::expect_extent("matmul", "rows of x", y.extent(0), x.extent(0));
   detail::expect_extent("matmul", "columns of x", w.columns(), x.extent(1));
   detail::expect_extent("matmul", "columns of y", w.rows(), y.extent(1));
+  for (int i = 0; i < w.parts; ++i) {
+    const Matrix& m = w.part[static_cast<std::size_t>(i)];
+    detail::expect_extent("matmul", "columns of w", w.columns(), m.columns);
+    if (m.columns % info(m.format).block != 0)
+      throw Error("matmul", "columns of w, " + std::string(name(m.format)), "a multiple of " + std::to_string(info(m.format).block), std::to_string(m.columns));
+  }
   detail::expect_rows("matmul", "x", x);
   detail::expect_rows("matmul", "y", y);
   dev.matmul(y, View<const float, dyn, dyn>(x), w);

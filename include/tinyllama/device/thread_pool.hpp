@@ -28,11 +28,12 @@ inline int available_cores() {
 }
 
 /// Runs one job at a time on a fixed number of threads. A decode step forks about 150 times, so that a fork must cost well under a
-/// microsecond: workers watch a generation counter for some ten microseconds before they sleep on it.
+/// microsecond: workers watch a counter for some 400 microseconds before they sleep on it. A worker joins a job only while it is open, and
+/// the caller closes it when all indices are taken: it waits for workers that compute, never for one that the system has not scheduled.
 class ThreadPool {
  public:
   explicit ThreadPool(int threads) {
-    const int n = std::max(1, threads);
+    const int n = std::clamp(threads, 1, static_cast<int>(inside_mask));
     workers_.reserve(static_cast<std::size_t>(n - 1));
     for (int i = 1; i < n; ++i) workers_.emplace_back([this] { work(); });
   }
@@ -40,15 +41,16 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
   ~ThreadPool() {
     stop_.store(true, std::memory_order_relaxed);
-    generation_.fetch_add(1, std::memory_order_seq_cst);
-    generation_.notify_all();
+    state_.fetch_add(one_job, std::memory_order_seq_cst);
+    state_.notify_all();
     for (std::thread& t : workers_) t.join();
   }
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
   /// Calls f(i) for each i in [0, n), each once, on any thread in any order; returns when all are done. The first exception is
-  /// rethrown here. A call from inside a job, or while another thread uses the pool, runs on the calling thread alone.
+  /// rethrown here, and indices not yet begun are then left out. A call from inside a job, or while another thread uses the pool, runs on
+  /// the calling thread alone.
   template <class F>
   void run(index_t n, F&& f) {
     if (n <= 0) return;
@@ -61,11 +63,11 @@ class ThreadPool {
     context_ = std::addressof(f);
     count_ = n;
     next_.store(0, std::memory_order_relaxed);
-    pending_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-    generation_.fetch_add(1, std::memory_order_seq_cst);
-    if (sleepers_.load(std::memory_order_seq_cst) > 0) generation_.notify_all();
+    state_.fetch_add(one_job | open, std::memory_order_seq_cst);  // closed and empty until here
+    if (sleepers_.load(std::memory_order_seq_cst) > 0) state_.notify_all();
     drain();
-    for (int spin = 0; pending_.load(std::memory_order_acquire) > 0; ++spin) relax(spin);
+    state_.fetch_and(~open, std::memory_order_acq_rel);
+    for (int spin = 0; state_.load(std::memory_order_acquire) & inside_mask; ++spin) relax(spin);
     const std::exception_ptr error = std::exchange(error_, nullptr);
     failed_.store(false, std::memory_order_relaxed);
     busy_.store(false, std::memory_order_release);
@@ -73,10 +75,13 @@ class ThreadPool {
   }
 
  private:
-  static constexpr int spins = 20000;
+  // state_: workers inside the job (12 bits), whether it is open (1 bit), and the jobs begun (the rest, modulo 2^19). A worker that takes a new
+  // job for an old one misses it, no more.
+  static constexpr std::uint32_t inside_mask = 0xfff, open = 0x1000, one_job = 0x2000, job_mask = ~(inside_mask | open);
+  static constexpr int spins_to_yield = 2000, spins_to_sleep = 20000;  // of some 20 ns (Zen 4)
 
   static void relax(int spin) {
-    if (spin > spins && spin % 64 == 0) {
+    if (spin > spins_to_yield && spin % 64 == 0) {
       std::this_thread::yield();  // the machine is busy with other work: the thread waited for may need this core
       return;
     }
@@ -103,17 +108,22 @@ class ThreadPool {
   void work() {
     std::uint32_t seen = 0;
     for (;;) {
-      int spin = 0;
-      while (generation_.load(std::memory_order_acquire) == seen && spin < spins) relax(spin++);
-      if (generation_.load(std::memory_order_acquire) == seen) {
+      std::uint32_t state = state_.load(std::memory_order_acquire);
+      for (int spin = 0; (state & job_mask) == seen && spin < spins_to_sleep; state = state_.load(std::memory_order_acquire)) relax(spin++);
+      if ((state & job_mask) == seen) {
         sleepers_.fetch_add(1, std::memory_order_seq_cst);
-        while (generation_.load(std::memory_order_seq_cst) == seen) generation_.wait(seen, std::memory_order_seq_cst);
+        while (((state = state_.load(std::memory_order_seq_cst)) & job_mask) == seen) state_.wait(state, std::memory_order_seq_cst);
         sleepers_.fetch_sub(1, std::memory_order_relaxed);
       }
-      ++seen;  // generations are never skipped: the next job starts only after every worker has answered this one
       if (stop_.load(std::memory_order_relaxed)) return;
+      seen = state & job_mask;
+      // Only while the job is open, and counted: then its fields stay as they are until this worker has left.
+      bool joined = false;
+      while ((state & job_mask) == seen && (state & open) && !joined)
+        joined = state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel, std::memory_order_acquire);
+      if (!joined) continue;
       drain();
-      pending_.fetch_sub(1, std::memory_order_release);
+      state_.fetch_sub(1, std::memory_order_release);
     }
   }
 
@@ -122,9 +132,8 @@ class ThreadPool {
   const void* context_ = nullptr;
   index_t count_ = 0;
   std::exception_ptr error_;
-  alignas(64) std::atomic<std::uint32_t> generation_{0};
+  alignas(64) std::atomic<std::uint32_t> state_{0};
   alignas(64) std::atomic<index_t> next_{0};
-  alignas(64) std::atomic<int> pending_{0};
   std::atomic<int> sleepers_{0};
   std::atomic<bool> busy_{false}, failed_{false}, stop_{false};
 };

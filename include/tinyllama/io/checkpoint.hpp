@@ -1,13 +1,10 @@
 // A model on disk, whatever the format: its config, and its tensors by parameter, mapped and checked against the config.
 #pragma once
 
-#include <algorithm>
-#include <cstring>
+#include <array>
 #include <filesystem>
 #include <map>
 #include <memory>
-#include <optional>
-#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -16,10 +13,8 @@
 
 #include "tinyllama/config/parameters.hpp"
 #include "tinyllama/config/rope_layout.hpp"
-#include "tinyllama/io/config_json.hpp"
-#include "tinyllama/io/gguf.hpp"
-#include "tinyllama/io/llama2c.hpp"
-#include "tinyllama/io/safetensors.hpp"
+#include "tinyllama/io/compiled.hpp"
+#include "tinyllama/tensor/view.hpp"
 
 namespace tinyllama {
 
@@ -36,6 +31,8 @@ struct StoredTensor {
     return bytes.subspan(static_cast<std::size_t>(r) * n, n);
   }
 };
+
+class Gguf;
 
 /// An open checkpoint. Copies share the mappings, which live as long as one copy does.
 class Checkpoint {
@@ -58,30 +55,16 @@ class Checkpoint {
   }
 
   /// Gives the tensor's pages back to the system, for a loader that has copied them; they are read again when touched.
-  void release(const StoredTensor& t) const {
-    for (const MappedFile* f : files_->mappings()) f->release(t.bytes);
-  }
+  void release(const StoredTensor& t) const;
 
   /// The GGUF file, where this is one: its metadata holds the tokenizer.
-  const Gguf* gguf() const { return files_->gguf ? &*files_->gguf : nullptr; }
+  const Gguf* gguf() const;
 
   /// The folder that holds the checkpoint, where tokenizer files lie beside it.
   std::filesystem::path folder() const { return folder_; }
 
  private:
-  struct Files {
-    std::optional<Gguf> gguf;
-    std::vector<Safetensors> shards;
-    std::optional<MappedFile> raw;
-    std::vector<const MappedFile*> mappings() const {
-      std::vector<const MappedFile*> all;
-      if (gguf && gguf->file()) all.push_back(gguf->file());
-      for (const Safetensors& s : shards)
-        if (s.file()) all.push_back(s.file());
-      if (raw) all.push_back(&*raw);
-      return all;
-    }
-  };
+  struct Files;  // the mappings
 
   static std::string shape_of(index_t rows, index_t columns, const Parameter& p) {
     return p.role == Role::gain && rows == 1 ? "[" + std::to_string(columns) + "]" : detail::shape_text(std::array{rows, columns});
@@ -114,198 +97,13 @@ class Checkpoint {
   friend Checkpoint open_checkpoint(const std::filesystem::path&);
 };
 
-namespace detail {
-
-/// A parameter outside the layers, for its names.
-inline Parameter outer_parameter(Slot slot) {
-  std::optional<Parameter> found;
-  for_each_parameter(any_llama{}, [&](const Parameter& p) {
-    if (p.slot == slot) found = p;
-  });
-  return *found;
-}
-
-/// The config in a GGUF file's metadata. Throws Error naming the key that is missing, wrong or not supported.
-inline any_llama gguf_config(const Gguf& g) {
-  const auto refuse = [&](std::string_view key, std::string_view expected, std::string_view found) { return Error(g.name(), key, expected, found); };
-  const std::string architecture = g.get_string("general.architecture").value_or("nothing");
-  if (architecture != "llama") throw refuse("general.architecture", "llama", architecture);
-  const auto integer = [&](const char* key, std::optional<int> fallback = std::nullopt) {
-    const auto v = g.get_uint(key);
-    if (!v && fallback) return *fallback;
-    if (!v) throw refuse(key, "an integer", "nothing");
-    if (*v > static_cast<std::uint64_t>(std::numeric_limits<int>::max())) throw refuse(key, "a 32-bit integer", std::to_string(*v));
-    return static_cast<int>(*v);
-  };
-  any_llama c;
-  c.layers = integer("llama.block_count");
-  c.hidden = integer("llama.embedding_length");
-  c.heads = integer("llama.attention.head_count");
-  c.kv_heads = integer("llama.attention.head_count_kv", c.heads);
-  c.ffn = integer("llama.feed_forward_length");
-  c.context = integer("llama.context_length");
-  const auto eps = g.get_float("llama.attention.layer_norm_rms_epsilon");
-  if (!eps) throw refuse("llama.attention.layer_norm_rms_epsilon", "a number", "nothing");
-  c.norm_eps = static_cast<float>(*eps);
-  c.rope_base = static_cast<float>(g.get_float("llama.rope.freq_base").value_or(10000.0));
-  const std::string scaling = g.get_string("llama.rope.scaling.type").value_or("linear");
-  if (scaling == "linear") c.rope_scale = static_cast<float>(g.get_float("llama.rope.scaling.factor").value_or(g.get_float("llama.rope.scale_linear").value_or(1.0)));
-  else if (scaling != "none") throw refuse("llama.rope.scaling.type", "none or linear", scaling);
-  if (c.rope_scale == 0) c.rope_scale = 1;  // llama.cpp writes 0 for "not given"
-
-  const std::string embedding = outer_parameter(Slot::embedding).gguf_name();
-  const GgufTensor* e = g.find(embedding);
-  if (!e || e->dims.size() != 2) throw refuse(embedding, "a tensor of shape [vocab, " + std::to_string(c.hidden) + "]", e ? "another rank" : "none");
-  c.vocab = static_cast<int>(std::min<index_t>(e->dims[1], std::numeric_limits<int>::max()));
-  c.tied = !g.find(outer_parameter(Slot::head).gguf_name());
-  check(c, g.name());
-
-  for (const char* const key : {"llama.attention.key_length", "llama.attention.value_length", "llama.rope.dimension_count"})
-    if (const int d = integer(key, head_dim(c)); d != head_dim(c)) throw refuse(key, "hidden / heads = " + std::to_string(head_dim(c)), std::to_string(d));
-  if (const int n = integer("llama.expert_count", 0)) throw refuse("llama.expert_count", "0", std::to_string(n));
-  if (const int n = integer("split.count", 1); n > 1) throw refuse("split.count", "a file in one piece (join it with gguf-split)", std::to_string(n));
-  return c;
-}
-
-/// A shard's name in an index: a plain file name, so that a hostile index cannot reach out of its folder.
-inline bool plain_file_name(std::string_view s) {
-  return !s.empty() && s != "." && s != ".." && s.find_first_of(std::string_view("/\\\0", 3)) == std::string_view::npos;
-}
-
-}  // namespace detail
-
-inline void Checkpoint::read_gguf(Files& files) {
-  const Gguf& g = *files.gguf;
-  source = "gguf";
-  rope = RopeLayout::interleaved;
-  config = detail::gguf_config(g);
-  if (const GgufTensor* t = g.find("rope_freqs.weight")) throw Error(g.name(), t->name, "plain or linear RoPE", "frequency factors (Llama 3 scaling), which are not supported");
-  std::set<std::string_view> known;
-  for_each_parameter(config, [&](const Parameter& p) {
-    const std::string name = p.gguf_name();
-    const GgufTensor* t = g.find(name);
-    if (!t) throw missing(g.name(), name, p);
-    known.insert(t->name);
-    const std::vector<index_t> shape(t->dims.rbegin(), t->dims.rend());
-    const Format format = g.format(*t);
-    if (p.role == Role::gain && is_quantised(format)) throw Error(g.name(), name, "f32, f16 or bf16", std::string(tinyllama::name(format)));
-    add(p, g.name(), name, format, shape, t->bytes);
-  });
-  for (const GgufTensor& t : g.tensors())
-    if (!known.contains(t.name)) throw unexpected(g.name(), t.name);
-}
-
-inline void Checkpoint::read_safetensors(Files& files) {
-  source = "safetensors";
-  rope = RopeLayout::half;
-  config = read_config_json(folder_ / "config.json");
-  std::map<std::string_view, std::pair<const Safetensors*, const SafeTensor*>> all;
-  for (const Safetensors& s : files.shards)
-    for (const SafeTensor& t : s.tensors())
-      if (!all.emplace(t.name, std::pair{&s, &t}).second) throw Error(s.name(), t.name, "the tensor in one shard", "it in " + all[t.name].first->name() + " too");
-  const std::string& where = files.shards.size() == 1 ? files.shards[0].name() : path;
-  std::set<std::string_view> known;
-  for_each_parameter(config, [&](const Parameter& p) {
-    const std::string name = p.hf_name();
-    const auto it = all.find(name);
-    if (it == all.end()) throw missing(where, name, p);
-    const auto& [file, t] = it->second;
-    known.insert(t->name);
-    add(p, file->name(), name, file->format(*t), t->shape, t->bytes);
-  });
-  const std::string head = detail::outer_parameter(Slot::head).hf_name();
-  for (const auto& [name, at] : all) {
-    const auto& [file, t] = at;
-    if (known.contains(name) || name.ends_with("rotary_emb.inv_freq")) continue;  // a buffer that old versions of transformers saved
-    if (name != head) throw unexpected(file->name(), t->name);
-    const StoredTensor& embedding = tensors_.front();  // tied, and saved all the same
-    const bool same = t->bytes.size() == embedding.bytes.size() && file->format(*t) == embedding.format &&
-                      std::memcmp(t->bytes.data(), embedding.bytes.data(), t->bytes.size()) == 0;
-    if (!same) throw Error(file->name(), head, "the embedding again, since config.json says tie_word_embeddings", "other weights");
-  }
-}
-
-inline void Checkpoint::read_llama2c(Files& files) {
-  source = "llama2c";
-  rope = RopeLayout::interleaved;
-  const Llama2c file = tinyllama::read_llama2c(path, files.raw->bytes());
-  config = file.config;
-  for_each_parameter(config, [&](const Parameter& p) {
-    for (const auto& [q, bytes] : file.tensors)
-      if (q.slot == p.slot && q.layer == p.layer)
-        add(p, path, p.hf_name(), Format::f32, p.role == Role::gain ? std::vector{p.columns} : std::vector{p.rows, p.columns}, bytes);
-  });
-}
-
-namespace detail {
-
-/// The shards that an index lists, each opened once, each holding what the index says.
-inline std::vector<Safetensors> open_shards(const std::filesystem::path& index) {
-  const json j = read_json(index);
-  const json* map = JsonObject(j, index.string()).find("weight_map");
-  if (!map || !map->is_object()) throw Error(index.string(), "weight_map", "an object of tensor names and file names", map ? json_text(*map) : "nothing");
-  std::map<std::string, std::vector<std::string>> by_file;
-  for (const auto& [tensor, file] : map->items()) {
-    if (!file.is_string() || !plain_file_name(file.get_ref<const std::string&>())) throw Error(index.string(), tensor, "a file name without a folder", json_text(file));
-    by_file[file.get<std::string>()].push_back(tensor);
-  }
-  std::vector<Safetensors> shards;
-  for (const auto& [file, tensors] : by_file) shards.emplace_back(index.parent_path() / file);  // a missing file is told before what follows from it
-  auto shard = shards.begin();
-  for (const auto& [file, tensors] : by_file) {
-    const std::string says = ", as " + index.filename().string() + " says";
-    for (const std::string& t : tensors)
-      if (!shard->find(t)) throw Error(shard->name(), t, "the tensor" + says, "none");
-    if (shard->tensors().size() != tensors.size()) throw Error(shard->name(), "", std::to_string(tensors.size()) + " tensors" + says, std::to_string(shard->tensors().size()));
-    ++shard;
-  }
-  return shards;
-}
-
-}  // namespace detail
-
 /// Opens a GGUF file, a folder in Hugging Face layout (model.safetensors, or shards with model.safetensors.index.json), one
 /// .safetensors file with config.json beside it, or a llama2.c .bin. Reads no weight. Throws Error with the file, the tensor
 /// or key, what was expected and what was found.
-inline Checkpoint open_checkpoint(const std::filesystem::path& path) {
-  namespace fs = std::filesystem;
-  std::error_code ignored;
-  Checkpoint c;
-  c.path = path.string();
-  auto files = std::make_shared<Checkpoint::Files>();
-  if (fs::is_directory(path, ignored)) {
-    c.folder_ = path;
-    const fs::path one = path / "model.safetensors", index = path / "model.safetensors.index.json";
-    if (fs::exists(one, ignored)) files->shards.emplace_back(one);
-    else if (fs::exists(index, ignored)) files->shards = detail::open_shards(index);
-    else throw Error(c.path, "", "model.safetensors or model.safetensors.index.json in the folder",
-                     fs::exists(path / "pytorch_model.bin", ignored) ? "pytorch_model.bin: save it as safetensors" : "neither");
-    c.read_safetensors(*files);
-  } else {
-    c.folder_ = path.has_parent_path() ? path.parent_path() : fs::path(".");
-    if (path.filename() == "model.safetensors.index.json") {
-      files->shards = detail::open_shards(path);
-      c.read_safetensors(*files);
-    } else if (path.extension() == ".safetensors") {
-      files->shards.emplace_back(path);
-      c.read_safetensors(*files);
-    } else {
-      MappedFile file(path);
-      const auto bytes = file.bytes();
-      const auto begins = [&](std::string_view magic) { return bytes.size() >= magic.size() && std::memcmp(bytes.data(), magic.data(), magic.size()) == 0; };
-      if (begins("GGUF") || path.extension() == ".gguf") {
-        files->gguf.emplace(path);
-        c.read_gguf(*files);
-      } else if (path.extension() == ".bin" && !begins("PK")) {
-        files->raw.emplace(std::move(file));
-        c.read_llama2c(*files);
-      } else {
-        throw Error(c.path, "", "a GGUF file, a safetensors file or folder, or a llama2.c .bin", "something else");
-      }
-    }
-  }
-  c.files_ = std::move(files);
-  return c;
-}
+TINYLLAMA_COMPILED Checkpoint open_checkpoint(const std::filesystem::path& path);
 
 }  // namespace tinyllama
+
+#if TINYLLAMA_WITH_DEFINITIONS
+#include "tinyllama/io/checkpoint_read.hpp"
+#endif

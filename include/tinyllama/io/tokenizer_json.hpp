@@ -153,20 +153,17 @@ class TokenizerJson {
       std::pair<std::string, std::string> merge;
       if (m.is_string()) {
         merge = split_merge(m.get_ref<const std::string&>(), i, file_);
-      } else if (m.is_array() && m.size() == 2 && m[0].is_string() && m[1].is_string()) {
+      } else if (m.is_array() && m.size() == 2 && m[0].is_string() && m[1].is_string()) {  // newer files
         merge = {m[0].get<std::string>(), m[1].get<std::string>()};
       } else {
         throw Error(file_, "merge " + std::to_string(i), "\"a b\" or [\"a\", \"b\"]", json_text(m));
       }
-      if (!v_.byte_fallback) {
-        v_.merges.push_back(std::move(merge));
-        continue;
-      }
-      // SentencePiece's score of a piece is the place of the first merge that makes it (float: exact up to 2^24 merges).
-      for (const std::string& part : {merge.first, merge.second, merge.first + merge.second})
-        if (ids_.find(part) == ids_.end()) throw Error(file_, "merge " + std::to_string(i), "parts and a result that are pieces", "'" + part + "', which is none");
-      float& score = v_.pieces[static_cast<std::size_t>(ids_.find(merge.first + merge.second)->second)].score;
-      score = std::max(score, -static_cast<float>(i));
+      if (v_.byte_fallback)  // a score for those who need one (GGUF): the place of the first merge that makes the piece; exact up to 2^24
+        if (const auto made = ids_.find(merge.first + merge.second); made != ids_.end()) {
+          float& score = v_.pieces[static_cast<std::size_t>(made->second)].score;
+          score = std::max(score, -static_cast<float>(i));
+        }
+      v_.merges.push_back(std::move(merge));
     }
   }
 

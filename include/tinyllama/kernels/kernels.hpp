@@ -76,6 +76,9 @@ struct Kernels {
 #undef TINYLLAMA_KERNEL_MEMBER
 };
 
+/// What activations are multiplied with to become int8: 127 / max, or 0 where that would overflow (max is 0 or next to nothing) or max is a NaN.
+constexpr float quantise_inverse(float max) { return max > 4e-37f ? 127.0f / max : 0.0f; }
+
 /// Columns of X that a matmul kernel reads: k, made even.
 constexpr index_t even(index_t k) { return k + k % 2; }
 

@@ -99,16 +99,20 @@ inline void round_bf16(bf16* out, const float* x, index_t n) {
   for (index_t i = 0; i < n; ++i) out[i] = bf16(x[i]);
 }
 
-// groups of 32: q = round(x / scale), scale = max|x| / 127; the sums are of scale q
+// groups of 32: q = round(x / scale), scale = max|x| / 127; the sums are of scale q. A NaN or an infinity makes its group NaN or infinite.
 inline void quantise_activations(std::int8_t* q, float* scale, float* sum32, float* sum16, const float* x, index_t n) {
   for (index_t g = 0; g < n / 32; ++g) {
     float max = 0;
-    for (index_t i = 0; i < 32; ++i) max = std::max(max, std::fabs(x[g * 32 + i]));
-    const float d = max / 127.0f, inverse = max > 0 ? 127.0f / max : 0.0f;
+    for (index_t i = 0; i < 32; ++i)
+      if (const float a = std::fabs(x[g * 32 + i]); !(a <= max) && max == max) max = a;  // a NaN stays
+    const float d = max / 127.0f, inverse = quantise_inverse(max);
     scale[g] = d;
     for (index_t h = 0; h < 2; ++h) {
       int sum = 0;
-      for (index_t i = h * 16; i < h * 16 + 16; ++i) sum += q[g * 32 + i] = static_cast<std::int8_t>(std::nearbyint(x[g * 32 + i] * inverse));
+      for (index_t i = h * 16; i < h * 16 + 16; ++i) {
+        const float code = x[g * 32 + i] * inverse;
+        sum += q[g * 32 + i] = code == code ? static_cast<std::int8_t>(std::nearbyint(code)) : std::int8_t{0};
+      }
       sum16[2 * g + h] = d * static_cast<float>(sum);
     }
     sum32[g] = sum16[2 * g] + sum16[2 * g + 1];

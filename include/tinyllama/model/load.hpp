@@ -3,24 +3,10 @@
 
 #include <filesystem>
 
-#include "tinyllama/io/tokenizer_file.hpp"
+#include "tinyllama/io/checkpoint_tokenizer.hpp"
 #include "tinyllama/model/model.hpp"
 
 namespace tinyllama {
-
-/// The tokenizer of a checkpoint: of its GGUF metadata or of the files beside it; none where there are none. Error where it does not fit.
-inline std::optional<Tokenizer> checkpoint_tokenizer(const Checkpoint& file) {
-  std::optional<Vocabulary> v;
-  if (const Gguf* g = file.gguf()) {
-    if (g->has("tokenizer.ggml.model")) v = read_tokenizer_gguf(*g);
-  } else if (detail::is_file(file.folder() / "tokenizer.json") || detail::is_file(file.folder() / "tokenizer.model")) {
-    v = load_vocabulary(file.folder());
-  }
-  if (!v) return std::nullopt;
-  if (static_cast<int>(v->pieces.size()) > file.config.vocab)
-    throw Error(file.path, "tokenizer", "at most " + std::to_string(file.config.vocab) + " pieces", std::to_string(v->pieces.size()));
-  return Tokenizer(std::move(*v));
-}
 
 /// A model of config C from an open checkpoint. Error where the file's model is another: says which preset would fit.
 template <Config C, Device D>

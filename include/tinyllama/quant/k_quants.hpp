@@ -30,35 +30,50 @@ inline float nearest(float x) {
 
 inline float clamp_code(float x, float low, float high) { return std::min(std::max(nearest(x), low), high); }
 
-struct Affine { float scale = 0.0f, min = 0.0f; };  // w = scale q - min, both >= 0
+struct Affine {  // w = scale q - min, both >= 0
+  float scale = 0.0f, min = 0.0f, error = std::numeric_limits<float>::infinity();
+};
+
+/// Eight sums at once: the compiler need not reorder anything to use vectors, and every target adds in the same order.
+struct Sum8 {
+  float lane[8] = {};
+  float total() const { return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7])); }
+};
 
 // E of a group under a given scale and minimum, with the nearest codes.
 template <int N, int top>
-inline float affine_error(const float* w, const float (&c)[N], Affine a) {
-  const float inverted = inverse(a.scale);
-  float e = 0.0f;
-  for (int k = 0; k < N; ++k) {
-    const float q = clamp_code((w[k] + a.min) * inverted, 0.0f, static_cast<float>(top));
-    const float r = a.scale * q - a.min - w[k];
-    e += c[k] * r * r;
-  }
-  return e;
+inline float affine_error(const float* w, const float (&c)[N], float scale, float min) {
+  const float inverted = inverse(scale);
+  Sum8 e;
+  for (int k = 0; k < N; k += 8)
+    for (int i = 0; i < 8; ++i) {
+      const float q = clamp_code((w[k + i] + min) * inverted, 0.0f, static_cast<float>(top));
+      const float r = scale * q - min - w[k + i];
+      e.lane[i] += c[k + i] * r * r;
+    }
+  return e.total();
 }
 
-// The best (scale, min) for the nearest codes under `a`: weighted linear regression of w on q, held to min >= 0.
+// The best (scale, min) for the nearest codes under `a`: weighted linear regression of w on q, held to min >= 0; with its E.
 template <int N, int top>
 inline Affine affine_refit(const float* w, const float (&c)[N], Affine a) {
   const float inverted = inverse(a.scale);
-  float s = 0.0f, sq = 0.0f, sqq = 0.0f, sw = 0.0f, sqw = 0.0f;
-  for (int k = 0; k < N; ++k) {
-    const float q = clamp_code((w[k] + a.min) * inverted, 0.0f, static_cast<float>(top));
-    s += c[k], sq += c[k] * q, sqq += c[k] * q * q, sw += c[k] * w[k], sqw += c[k] * q * w[k];
-  }
+  Sum8 s8, sq8, sqq8, sw8, sqw8, sww8;
+  for (int k = 0; k < N; k += 8)
+    for (int i = 0; i < 8; ++i) {
+      const float q = clamp_code((w[k + i] + a.min) * inverted, 0.0f, static_cast<float>(top)), cq = c[k + i] * q, cw = c[k + i] * w[k + i];
+      s8.lane[i] += c[k + i], sq8.lane[i] += cq, sqq8.lane[i] += cq * q, sw8.lane[i] += cw, sqw8.lane[i] += cq * w[k + i], sww8.lane[i] += cw * w[k + i];
+    }
+  const float s = s8.total(), sq = sq8.total(), sqq = sqq8.total(), sw = sw8.total(), sqw = sqw8.total(), sww = sww8.total();
   const float determinant = s * sqq - sq * sq;
   if (!(determinant > 0.0f)) return a;
-  Affine r{(s * sqw - sq * sw) / determinant, (sq * sqw - sqq * sw) / determinant};
-  if (r.min < 0.0f) r = {sqw / sqq, 0.0f};
-  return r.scale > 0.0f ? r : a;
+  Affine r{(s * sqw - sq * sw) / determinant, (sq * sqw - sqq * sw) / determinant, 0.0f};
+  if (r.min < 0.0f) r = {sqw / sqq, 0.0f, 0.0f};
+  if (!(r.scale > 0.0f)) return a;
+  // sum c (w - scale q + min)^2, multiplied out
+  r.error = sww - r.scale * sqw + r.min * sw;
+  if (r.min == 0.0f) r.error = sww - r.scale * sqw;
+  return r;
 }
 
 template <int N, int top>
@@ -67,14 +82,13 @@ inline Affine fit_affine(const float* w, const float (&c)[N]) {
   const float low = std::min(*lowest, 0.0f), range = *highest - low;
   if (!(range > 0.0f)) return {0.0f, -low};
   Affine best{range / static_cast<float>(top), -low};
-  float best_error = affine_error<N, top>(w, c, best);
   for (int step = -6; step <= 10; ++step) {  // the range spread over top - 0.6 ... top + 1.0 steps
-    Affine a{range / (static_cast<float>(top) + 0.1f * static_cast<float>(step)), -low};
-    for (int round = 0; round < 2; ++round) {
-      a = affine_refit<N, top>(w, c, a);
-      const float e = affine_error<N, top>(w, c, a);
-      if (e < best_error) best = a, best_error = e;
-    }
+    const Affine a = affine_refit<N, top>(w, c, {range / (static_cast<float>(top) + 0.1f * static_cast<float>(step)), -low});
+    if (a.error < best.error) best = a;
+  }
+  for (int round = 0; round < 2; ++round) {
+    const Affine a = affine_refit<N, top>(w, c, best);
+    if (a.error < best.error) best = a;
   }
   return best;
 }
@@ -115,7 +129,7 @@ inline void encode_affine(const float* in, B& b, std::uint8_t (&q)[256]) {
     scale[g] = s0, min[g] = m0;
     for (int s = std::max(s0 - 1, 0); s <= std::min(s0 + 1, 63); ++s)
       for (int m = std::max(m0 - 1, 0); m <= std::min(m0 + 1, 63); ++m) {
-        const float e = affine_error<32, top>(in + 32 * g, c[g], {d * static_cast<float>(s), dmin * static_cast<float>(m)});
+        const float e = affine_error<32, top>(in + 32 * g, c[g], d * static_cast<float>(s), dmin * static_cast<float>(m));
         if (e < best) best = e, scale[g] = s, min[g] = m;
       }
     const float step = d * static_cast<float>(scale[g]), offset = dmin * static_cast<float>(min[g]);
@@ -129,12 +143,13 @@ inline void encode_affine(const float* in, B& b, std::uint8_t (&q)[256]) {
 template <int N>
 inline float symmetric_error(const float* w, const float (&c)[N], float scale) {
   const float inverted = inverse(scale);
-  float e = 0.0f;
-  for (int k = 0; k < N; ++k) {
-    const float r = scale * clamp_code(w[k] * inverted, -32.0f, 31.0f) - w[k];
-    e += c[k] * r * r;
-  }
-  return e;
+  Sum8 e;
+  for (int k = 0; k < N; k += 8)
+    for (int i = 0; i < 8; ++i) {
+      const float r = scale * clamp_code(w[k + i] * inverted, -32.0f, 31.0f) - w[k + i];
+      e.lane[i] += c[k + i] * r * r;
+    }
+  return e.total();
 }
 
 template <int N>
@@ -142,17 +157,18 @@ inline float fit_symmetric(const float* w, const float (&c)[N]) {
   float extreme = 0.0f;
   for (int k = 0; k < N; ++k)
     if (std::fabs(w[k]) > std::fabs(extreme)) extreme = w[k];
-  float best = extreme / -32.0f, best_error = symmetric_error<N>(w, c, best);
+  // E = sum c w^2 - gain, with gain = (sum c q w)^2 / sum c q^2 for the best scale, sum c q w / sum c q^2
+  float best = extreme / -32.0f, best_gain = 0.0f;
   for (int step = -9; step <= 9; ++step) {
     const float inverted = inverse(extreme / -(32.0f + 0.1f * static_cast<float>(step)));
-    float sqq = 0.0f, sqw = 0.0f;
-    for (int k = 0; k < N; ++k) {
-      const float q = clamp_code(w[k] * inverted, -32.0f, 31.0f);
-      sqq += c[k] * q * q, sqw += c[k] * q * w[k];
-    }
-    if (!(sqq > 0.0f)) continue;
-    const float e = symmetric_error<N>(w, c, sqw / sqq);
-    if (e < best_error) best = sqw / sqq, best_error = e;
+    Sum8 qq, qw;
+    for (int k = 0; k < N; k += 8)
+      for (int i = 0; i < 8; ++i) {
+        const float q = clamp_code(w[k + i] * inverted, -32.0f, 31.0f), cq = c[k + i] * q;
+        qq.lane[i] += cq * q, qw.lane[i] += cq * w[k + i];
+      }
+    const float sqq = qq.total(), sqw = qw.total(), gain = sqw * sqw / sqq;
+    if (gain > best_gain) best = sqw / sqq, best_gain = gain;
   }
   return best;
 }

@@ -122,6 +122,8 @@ void check_same_shape(const char* operation, std::size_t operand, const std::arr
 
 template <std::size_t R>
 void check_writable(const char* operation, const std::array<index_t, R>& shape, const std::array<index_t, R>& strides) {
+  for (index_t e : shape)
+    if (e == 0) return;
   for (std::size_t k = 0; k < R; ++k)
     if (shape[k] > 1 && strides[k] == 0) throw Error(operation, "output", "a place for each element", "a broadcast view, strides " + detail::shape_text(strides));
 }

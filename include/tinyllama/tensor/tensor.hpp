@@ -5,8 +5,10 @@
 #include <cstddef>
 #include <cstring>
 #include <limits>
+#include <span>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "tinyllama/tensor/view.hpp"
 
@@ -118,12 +120,37 @@ class Tensor {
   View<T, E...> view_;
 };
 
-/// What the operations of the tensor layer take as operands: views, and what turns into one.
+/// Specialise it to let the operations take another container as an operand: `static View<...> view(X& x)`, no copy, and
+/// `borrows`, true where X itself owns no elements. tensor/xtensor.hpp does so.
+template <class X>
+struct Adapt;
+
+template <class T, std::size_t N>
+struct Adapt<std::span<T, N>> {
+  static constexpr bool borrows = true;
+  static View<T, N == std::dynamic_extent ? dyn : static_cast<index_t>(N)> view(std::span<T, N> s) { return {s.data(), {static_cast<index_t>(s.size())}}; }
+};
+
+template <class T, class Allocator>
+struct Adapt<std::vector<T, Allocator>> {
+  static constexpr bool borrows = false;
+  static View<T, dyn> view(std::vector<T, Allocator>& v) { return {v.data(), {static_cast<index_t>(v.size())}}; }
+  static View<const T, dyn> view(const std::vector<T, Allocator>& v) { return {v.data(), {static_cast<index_t>(v.size())}}; }
+};
+
+/// What the operations of the tensor layer take as operands: views, and what turns into one without a copy.
 template <class T, index_t... E>
 constexpr View<T, E...> as_view(View<T, E...> v) { return v; }
 template <class Device, class T, index_t... E>
 View<T, E...> as_view(Tensor<Device, T, E...>& t) { return t.view(); }
 template <class Device, class T, index_t... E>
 View<const T, E...> as_view(const Tensor<Device, T, E...>& t) { return t.view(); }
+template <class X>
+  requires requires(X& x) { Adapt<std::remove_const_t<X>>::view(x); }
+auto as_view(X& x) { return Adapt<std::remove_const_t<X>>::view(x); }
+/// A temporary will do where it only refers to elements that live elsewhere.
+template <class X>
+  requires(!std::is_lvalue_reference_v<X> && Adapt<std::remove_const_t<X>>::borrows)
+auto as_view(X&& x) { return Adapt<std::remove_const_t<X>>::view(x); }
 
 }  // namespace tinyllama

@@ -78,7 +78,7 @@ struct Vec {
   friend HWY_INLINE Mask operator>(Vec a, Vec b) { return {hwy::HWY_NAMESPACE::Gt(a.raw, b.raw)}; }
   friend HWY_INLINE Mask operator>=(Vec a, Vec b) { return {hwy::HWY_NAMESPACE::Ge(a.raw, b.raw)}; }
   friend HWY_INLINE Mask operator==(Vec a, Vec b) { return {hwy::HWY_NAMESPACE::Eq(a.raw, b.raw)}; }
-  friend HWY_INLINE Mask operator!=(Vec a, Vec b) { return {hwy::HWY_NAMESPACE::Ne(a.raw, b.raw)}; }
+  friend HWY_INLINE Mask operator!=(Vec a, Vec b) { return !(a == b); }  // Highway 1.0.3's Ne is false for NaNs on AVX2 and AVX-512
 };
 
 /// a where the mask is set, b elsewhere.
@@ -171,7 +171,7 @@ HWY_INLINE void store(Vec v, bf16* p) {
   const auto odd = hn::And(hn::ShiftRight<16>(u), hn::Set(d, 1u));
   const auto rounded = hn::ShiftRight<16>(hn::Add(u, hn::Add(odd, hn::Set(d, 0x7fffu))));
   const auto quiet = hn::Or(hn::ShiftRight<16>(u), hn::Set(d, 0x40u));
-  const auto is_nan = hn::RebindMask(d, hn::Ne(v.raw, v.raw));
+  const auto is_nan = hn::RebindMask(d, hn::Not(hn::Eq(v.raw, v.raw)));
   store_low_half(hn::IfThenElse(is_nan, quiet, rounded), reinterpret_cast<std::uint16_t*>(p));
 }
 

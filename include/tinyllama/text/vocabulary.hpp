@@ -25,7 +25,7 @@ struct Vocabulary {
   enum class Kind : std::uint8_t { sentencepiece_bpe, byte_level_bpe };
   Kind kind = Kind::sentencepiece_bpe;
   std::vector<Piece> pieces;                                    // by id
-  std::vector<std::pair<std::string, std::string>> merges;      // byte-level only, best first
+  std::vector<std::pair<std::string, std::string>> merges;      // best first; for SentencePiece only from tokenizer.json, and then instead of scores
   PreTokenizer pre_tokenizer = PreTokenizer::none;
   std::int32_t bos = -1, eos = -1, unk = -1, pad = -1;
   bool add_bos = true, add_eos = false;                         // the file's policy for a whole prompt

@@ -166,19 +166,23 @@ void quantise_activations(std::int8_t* q, float* scale, float* sum32, float* sum
   const D d;
   const DI di;
   for (index_t g = 0; g < n / 32; ++g, x += 32, q += 32) {
-    V m = hn::Zero(d);
-    for (index_t i = 0; i < 32; i += lanes) m = hn::Max(m, hn::Abs(hn::LoadU(d, x + i)));
+    // Magnitudes compared as integers: a NaN is then the largest, and the scale becomes NaN with it.
+    VI m = hn::Zero(di);
+    for (index_t i = 0; i < 32; i += lanes) m = hn::Max(m, hn::BitCast(di, hn::Abs(hn::LoadU(d, x + i))));
     alignas(64) float t[lanes];
-    hn::Store(m, d, t);
-    float max = 0;
-    for (index_t l = 0; l < lanes; ++l) max = t[l] > max ? t[l] : max;
-    const float s = max / 127.0f, inverse = max > 0 ? 127.0f / max : 0.0f;
+    hn::Store(hn::BitCast(d, m), d, t);
+    float max = t[0];
+    for (index_t l = 1; l < lanes; ++l) max = max >= t[l] || max != max ? max : t[l];
+    const float s = max / 127.0f, inverse = quantise_inverse(max);
     alignas(64) std::int32_t r[32];
-    for (index_t i = 0; i < 32; i += lanes) hn::Store(hn::NearestInt(hn::Mul(hn::LoadU(d, x + i), hn::Set(d, inverse))), di, r + i);
+    for (index_t i = 0; i < 32; i += lanes) {
+      const V code = hn::Mul(hn::LoadU(d, x + i), hn::Set(d, inverse));
+      hn::Store(hn::NearestInt(hn::IfThenElseZero(hn::Eq(code, code), code)), di, r + i);  // 0 for a NaN, which no integer can be
+    }
     int sum[2] = {0, 0};
     for (index_t i = 0; i < 32; ++i) {
       q[i] = static_cast<std::int8_t>(r[i]);
-      sum[i / 16] += r[i];
+      sum[i / 16] += q[i];
     }
     scale[g] = s;
     sum16[2 * g] = s * static_cast<float>(sum[0]);

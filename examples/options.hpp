@@ -1,0 +1,46 @@
+// Command-line options that several of the programs take.
+#pragma once
+
+#include <tinyllama/tinyllama.hpp>
+
+#include <string>
+
+#include "common.hpp"
+
+namespace example {
+
+struct ModelOptions {
+  std::string path, compute = "auto", cache = "f16";
+  int threads = 0;
+
+  void add_to(CLI::App& app) {
+    app.add_option("--model", path, "a GGUF file or a folder in Hugging Face layout")->required();
+    app.add_option("--threads", threads, "threads; 0: one for each core")->check(CLI::NonNegativeNumber);
+    app.add_option("--dtype", compute, "arithmetic of the matrix products: auto, f32, bf16 or int8 (block formats)")->check(CLI::IsMember({"auto", "f32", "bf16", "int8"}));
+    app.add_option("--cache", cache, "format of the KV cache")->check(CLI::IsMember({"f32", "f16", "bf16"}));
+  }
+  tinyllama::Compute compute_format() const {
+    using tinyllama::Compute;
+    return compute == "f32" ? Compute::f32 : compute == "bf16" ? Compute::bf16 : compute == "int8" ? Compute::int8 : Compute::automatic;
+  }
+  tinyllama::Format cache_format() const { return tinyllama::parse_format(cache); }
+  tinyllama::LoadOptions load(bool quiet = false) const {
+    return {.compute = compute_format(), .cache = cache_format(), .progress = quiet ? std::function<void(std::size_t, std::size_t)>() : progress("loading")};
+  }
+};
+
+inline void add_generate_options(CLI::App& app, tinyllama::GenerateOptions& o) {
+  app.add_option("--max-tokens", o.max_tokens, "tokens at most")->check(CLI::NonNegativeNumber)->capture_default_str();
+  app.add_option("--temperature", o.temperature, "0: greedy")->capture_default_str();
+  app.add_option("--top-k", o.top_k, "keep the k most probable; 0: all")->capture_default_str();
+  app.add_option("--top-p", o.top_p, "keep the most probable whose sum reaches p")->capture_default_str();
+  app.add_option("--min-p", o.min_p, "drop what is less probable than p times the best")->capture_default_str();
+  app.add_option("--repetition-penalty", o.repetition_penalty)->capture_default_str();
+  app.add_option("--presence-penalty", o.presence_penalty)->capture_default_str();
+  app.add_option("--frequency-penalty", o.frequency_penalty)->capture_default_str();
+  app.add_option("--seed", o.seed, "the same seed gives the same text")->capture_default_str();
+  app.add_option("--stop", o.stop_strings, "end before this text (may be repeated)");
+  app.add_option("--chunk", o.chunk, "tokens of a prefill step")->check(CLI::PositiveNumber)->capture_default_str();
+}
+
+}  // namespace example

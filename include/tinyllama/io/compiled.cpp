@@ -1,0 +1,5 @@
+// The reading of files, compiled once for a program that defines TINYLLAMA_DISPATCH (the CMake target tinyllama::tinyllama adds this unit).
+
+#define TINYLLAMA_COMPILED_UNIT
+#include "tinyllama/io/checkpoint.hpp"
+#include "tinyllama/io/checkpoint_tokenizer.hpp"
