@@ -55,9 +55,11 @@ inline constexpr std::int64_t rounds = 4'000'000;
 
 inline void fma_chains() {
   const hn::ScalableTag<float> d;
-  auto a = hn::Set(d, 0.999f), b = hn::Set(d, 0.001f);
-  asm volatile("" : "+x"(a.raw), "+x"(b.raw));  // values that the compiler cannot know
-  auto c0 = b, c1 = b, c2 = b, c3 = b, c4 = b, c5 = b, c6 = b, c7 = b, c8 = b, c9 = b, c10 = b, c11 = b;
+  const volatile float factor = 0.999f, term = 0.001f;  // values that the compiler does not know
+  const auto a = hn::Set(d, factor), b = hn::Set(d, term);
+  // Each chain starts elsewhere: equal ones would be computed once.
+  const auto at = [&](float i) { return hn::Set(d, term * i); };
+  auto c0 = at(0), c1 = at(1), c2 = at(2), c3 = at(3), c4 = at(4), c5 = at(5), c6 = at(6), c7 = at(7), c8 = at(8), c9 = at(9), c10 = at(10), c11 = at(11);
   for (std::int64_t i = 0; i < rounds; ++i) {
     c0 = hn::MulAdd(a, c0, b), c1 = hn::MulAdd(a, c1, b), c2 = hn::MulAdd(a, c2, b), c3 = hn::MulAdd(a, c3, b);
     c4 = hn::MulAdd(a, c4, b), c5 = hn::MulAdd(a, c5, b), c6 = hn::MulAdd(a, c6, b), c7 = hn::MulAdd(a, c7, b);
@@ -73,7 +75,7 @@ inline void bf16_chains() {
   __m512i a = _mm512_set1_epi32(0x3f003f00), b = _mm512_set1_epi32(0x3c003c00);
   asm volatile("" : "+v"(a), "+v"(b));
   __m512 c[chains];
-  for (int j = 0; j < chains; ++j) c[j] = _mm512_setzero_ps();
+  for (int j = 0; j < chains; ++j) c[j] = _mm512_set1_ps(static_cast<float>(j));
   for (std::int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 12
     for (int j = 0; j < chains; ++j) c[j] = _mm512_dpbf16_ps(c[j], (__m512bh)a, (__m512bh)b);
@@ -89,12 +91,10 @@ inline void int8_chains() {
   __m512i a = _mm512_set1_epi32(0x01020304), b = _mm512_set1_epi32(0x01010101);
   asm volatile("" : "+v"(a), "+v"(b));
   __m512i c[chains];
-  for (int j = 0; j < chains; ++j) c[j] = _mm512_setzero_si512();
+  for (int j = 0; j < chains; ++j) c[j] = _mm512_set1_epi32(j);
   for (std::int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 12
     for (int j = 0; j < chains; ++j) c[j] = _mm512_dpbusd_epi32(c[j], a, b);
-    // Integer sums are associative: without this g++ may turn the loop into a product.
-    asm volatile("" : "+v"(c[0]));
   }
   __m512i sum = c[0];
   for (int j = 1; j < chains; ++j) sum = _mm512_add_epi32(sum, c[j]);

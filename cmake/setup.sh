@@ -38,12 +38,16 @@ build_jobs() {
   echo $(( cores < memory ? cores : memory ))
 }
 
-# quietly COMMAND...: its output is shown only if it fails.
+# quietly COMMAND...: its output is shown only if it fails, the errors first: a compiler's notes can be hundreds of lines.
 quietly() {
   local log status=0
   log=$(mktemp)
   "$@" >"$log" 2>&1 || status=$?
-  (( status == 0 )) || tail -n 60 "$log" >&2
+  if (( status != 0 )); then
+    grep -m 20 -E '(error|Error|FAILED)[: ]' "$log" >&2 || true
+    say "the end of the output:"
+    tail -n 30 "$log" >&2
+  fi
   rm -f "$log"
   return "$status"
 }

@@ -1,32 +1,44 @@
 // inspect: what is in a checkpoint, without reading its weights.
-#include <CLI/CLI.hpp>
+#include <tinyllama/io/checkpoint_tokenizer.hpp>
+#include <tinyllama/model/load.hpp>
 
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <iostream>
 #include <map>
 #include <string>
 
-#include "tinyllama/io/checkpoint.hpp"
-#include "tinyllama/io/tokenizer_file.hpp"
+#include "common.hpp"
 
 namespace tl = tinyllama;
 using json = nlohmann::json;
 
 namespace {
 
+/// 1e-05 and not the float's exact value.
+double rounded(float x) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.7g", static_cast<double>(x));
+  return std::stod(text);
+}
+
 struct Share { int tensors = 0; std::uint64_t bytes = 0; };
 
 std::string tokenizer_kind(const tl::Checkpoint& c) {
   try {
-    const tl::Vocabulary v = c.gguf() ? tl::read_tokenizer_gguf(*c.gguf()) : tl::load_vocabulary(c.folder());
-    return (v.kind == tl::Vocabulary::Kind::sentencepiece_bpe ? "SentencePiece BPE, " : "byte-level BPE, ") + std::to_string(v.pieces.size()) + " pieces";
+    const auto t = tl::checkpoint_tokenizer(c);
+    if (!t) return "none";
+    return (t->vocabulary().kind == tl::Vocabulary::Kind::sentencepiece_bpe ? "SentencePiece BPE, " : "byte-level BPE, ") + std::to_string(t->size()) + " pieces";
   } catch (const tl::Error& e) {
     return std::string("none: ") + e.what();
   }
 }
 
-json describe(const tl::Checkpoint& c, bool list) {
+json describe(const tl::Checkpoint& c, tl::PlanOptions plan, bool list) {
   std::map<std::string, Share> by_format;
   std::uint64_t bytes = 0;
   for (const tl::StoredTensor& t : c.tensors()) {
@@ -37,11 +49,13 @@ json describe(const tl::Checkpoint& c, bool list) {
   json j{{"path", c.path}, {"source", c.source}, {"rope_layout", tl::name(c.rope)}, {"preset", tl::preset_name(m)}, {"tokenizer", tokenizer_kind(c)},
          {"parameters", tl::parameter_count(m)}, {"tensors", c.tensors().size()}, {"bytes", bytes},
          {"config", {{"layers", m.layers}, {"hidden", m.hidden}, {"heads", m.heads}, {"kv_heads", m.kv_heads}, {"ffn", m.ffn}, {"vocab", m.vocab}, {"context", m.context},
-                     {"norm_eps", tl::detail::shortest(m.norm_eps)}, {"rope_base", tl::detail::shortest(m.rope_base)}, {"rope_scale", tl::detail::shortest(m.rope_scale)}, {"tied", m.tied}}}};
+                     {"norm_eps", rounded(m.norm_eps)}, {"rope_base", rounded(m.rope_base)}, {"rope_scale", rounded(m.rope_scale)}, {"tied", m.tied}}}};
   for (const auto& [format, share] : by_format) j["formats"][format] = {{"tensors", share.tensors}, {"bytes", share.bytes}};
   if (list)
     for (const tl::StoredTensor& t : c.tensors()) j["list"].push_back({{"name", t.name}, {"format", tl::name(t.format)}, {"shape", {t.rows, t.columns}}});
-  // The memory plan (config/memory_plan.hpp) belongs here, as j["plan"].
+  if (plan.tokens <= 0) plan.tokens = std::min(2048, m.context);
+  const tl::MemoryPlan memory = tl::memory_plan(c, plan);
+  j["plan"] = {{"batch", plan.batch}, {"tokens", plan.tokens}, {"weights", memory.weights}, {"cache", memory.cache}, {"activations", memory.activations}, {"total", memory.total()}};
   return j;
 }
 
@@ -59,6 +73,9 @@ void print(const json& j) {
   std::cout << "config     ";
   for (const auto& [key, value] : j["config"].items()) std::cout << ' ' << key << ' ' << value;
   std::cout << "\nRoPE        " << j["rope_layout"].get<std::string>() << " layout\ntokenizer   " << j["tokenizer"].get<std::string>() << '\n';
+  const json& plan = j["plan"];
+  std::cout << "memory      " << mb(plan["total"]) << " for " << plan["batch"] << " x " << plan["tokens"] << " tokens: weights " << mb(plan["weights"]) << ", KV cache "
+            << mb(plan["cache"]) << ", activations " << mb(plan["activations"]) << '\n';
   if (j.contains("list"))
     for (const json& t : j["list"]) std::cout << t["name"].get<std::string>() << "  " << t["format"].get<std::string>() << "  " << t["shape"] << '\n';
 }
@@ -69,20 +86,15 @@ int main(int argc, char** argv) {
   CLI::App app("Shows what is in a checkpoint, without reading its weights.");
   std::string model;
   bool as_json = false, list = false;
+  tl::PlanOptions plan{.tokens = 0};
   app.add_option("--model,model", model, "a GGUF file, a folder in Hugging Face layout, a .safetensors file or a llama2.c .bin")->required();
   app.add_flag("--json", as_json, "one JSON object, for programs");
-  app.add_flag("--tensors", list, "also each tensor");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  try {
-    const json j = describe(tl::open_checkpoint(model), list);
+  app.add_flag("--list", list, "also each tensor");
+  app.add_option("--batch", plan.batch, "memory for so many sequences")->check(CLI::Range(1, 4096));
+  app.add_option("--tokens", plan.tokens, "of so many tokens each; the default is the context, at most 2048")->check(CLI::Range(1, 1 << 26));
+  return example::run_main(argc, argv, app, [&] {
+    const json j = describe(tl::open_checkpoint(model), plan, list);
     if (as_json) std::cout << j.dump(-1, ' ', false, json::error_handler_t::replace) << '\n';
     else print(j);
-  } catch (const tl::Error& e) {
-    std::cerr << "error: " << e.what() << '\n';
-    return 1;
-  }
+  });
 }

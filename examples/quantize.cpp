@@ -1,46 +1,31 @@
 // quantize: writes a checkpoint again in another format, to one GGUF file or to a folder in Hugging Face layout.
-#include <CLI/CLI.hpp>
-#include <unistd.h>
+#include <tinyllama/io/checkpoint_tokenizer.hpp>
+#include <tinyllama/io/convert.hpp>
 
-#include <cstdio>
+#include <CLI/CLI.hpp>
+
 #include <iostream>
 #include <optional>
 #include <string>
 
-#include "tinyllama/io/convert.hpp"
-#include "tinyllama/io/tokenizer_file.hpp"
+#include "common.hpp"
 
 namespace tl = tinyllama;
 
 namespace {
 
-/// A bar on standard error, where a person watches.
-tl::Progress progress_bar() {
-  if (!::isatty(STDERR_FILENO)) return {};
-  return [](std::uint64_t done, std::uint64_t total) {
-    constexpr int width = 40;
-    const int full = total ? static_cast<int>(done * width / total) : width;
-    std::fprintf(stderr, "\r[%.*s%*s] %3d%% of %.0f MB%s", full, "########################################", width - full, "",
-                 total ? static_cast<int>(done * 100 / total) : 100, static_cast<double>(total) * 1e-6, done == total ? "\n" : "");
-    std::fflush(stderr);
-  };
-}
-
 void run(const std::string& model, const std::string& out, const std::string& format, double shard_gb) {
   const tl::Checkpoint from = tl::open_checkpoint(model);
   if (!out.ends_with(".gguf")) {
-    tl::save_safetensors(from, out, {.format = tl::parse_format(format), .max_shard_bytes = static_cast<std::uint64_t>(shard_gb * 1e9), .progress = progress_bar()});
+    tl::save_safetensors(from, out, {.format = tl::parse_format(format), .max_shard_bytes = static_cast<std::uint64_t>(shard_gb * 1e9), .progress = example::progress("writing")});
     return;
   }
-  std::optional<tl::Vocabulary> vocabulary;  // a GGUF source's own is copied
+  std::optional<tl::Tokenizer> tokenizer;  // a GGUF source's own is copied
   if (!from.gguf()) {
-    try {
-      vocabulary = tl::load_vocabulary(from.folder());
-    } catch (const tl::Error& e) {
-      std::cerr << "warning: writing a file without a tokenizer: " << e.what() << '\n';
-    }
+    tokenizer = tl::checkpoint_tokenizer(from);
+    if (!tokenizer) std::cerr << "warning: no tokenizer beside " << model << "; writing a file without one\n";
   }
-  tl::save_gguf(from, out, {.mixture = tl::parse_mixture(format), .vocabulary = vocabulary ? &*vocabulary : nullptr, .progress = progress_bar()});
+  tl::save_gguf(from, out, {.mixture = tl::parse_mixture(format), .vocabulary = tokenizer ? &tokenizer->vocabulary() : nullptr, .progress = example::progress("writing")});
 }
 
 }  // namespace
@@ -60,15 +45,5 @@ int main(int argc, char** argv) {
     }
   });
   app.add_option("--max-shard-gb", shard_gb, "cut a folder's weights into files of at most this size")->check(CLI::Range(0.001, 1e6))->capture_default_str();
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  try {
-    run(model, out, format, shard_gb);
-  } catch (const tl::Error& e) {
-    std::cerr << "error: " << e.what() << '\n';
-    return 1;
-  }
+  return example::run_main(argc, argv, app, [&] { run(model, out, format, shard_gb); });
 }

@@ -1,8 +1,9 @@
 // tokenize: JSON lines {"text": ...} to {"ids": [...]} and, with --decode, back.
 #include <tinyllama/io/tokenizer_file.hpp>
 
-#include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
+
+#include "common.hpp"
 
 #include <cstdint>
 #include <iostream>
@@ -14,15 +15,15 @@ using nlohmann::json;
 
 namespace {
 
-/// The member `key` of a line's object, as a T; an Error naming the line where it is something else.
-template <class T>
-T member(const std::string& line, std::size_t number, const char* key) {
-  const std::string where = "standard input, line " + std::to_string(number);
-  try {
-    return json::parse(line).at(key).get<T>();
-  } catch (const json::exception&) {
-    throw tl::Error(where, "", std::string("a JSON object with \"") + key + "\"", line.substr(0, 60));
+/// The member of a line's object; an Error naming the line where it is something else.
+std::string text_of(const json& line) { return line.at("text").get<std::string>(); }
+std::vector<std::int32_t> ids_of(const json& line) {
+  std::vector<std::int32_t> ids;
+  for (const json& id : line.at("ids").get<json::array_t>()) {
+    if (!id.is_number_integer() || id.get<std::int64_t>() != id.get<std::int32_t>()) throw tl::Error("ids: expected 32-bit integers, found " + id.dump());
+    ids.push_back(id.get<std::int32_t>());
   }
+  return ids;
 }
 
 void run(const tl::Tokenizer& tokenizer, bool decode, const tl::EncodeOptions& options) {
@@ -30,8 +31,13 @@ void run(const tl::Tokenizer& tokenizer, bool decode, const tl::EncodeOptions& o
   for (std::size_t number = 1; std::getline(std::cin, line); ++number) {
     if (line.find_first_not_of(" \t\r") == line.npos) continue;
     json out;
-    if (decode) out["text"] = tokenizer.decode(member<std::vector<std::int32_t>>(line, number, "ids"), options.special);
-    else out["ids"] = tokenizer.encode(member<std::string>(line, number, "text"), options);
+    try {
+      const json in = json::parse(line);
+      if (decode) out["text"] = tokenizer.decode(ids_of(in), options.special);
+      else out["ids"] = tokenizer.encode(text_of(in), options);
+    } catch (const json::exception&) {
+      throw tl::Error("standard input", "line " + std::to_string(number), decode ? R"({"ids": [...]})" : R"({"text": "..."})", line.substr(0, 60));
+    }
     std::cout << out.dump(-1, ' ', true) << '\n';
   }
 }
@@ -48,16 +54,8 @@ int main(int argc, char** argv) {
   app.add_flag("--bos", options.bos, "put the beginning-of-text id first");
   app.add_flag("--eos", options.eos, "put the end-of-text id last");
   app.add_flag("--special", options.special, "recognise special tokens that are written in the text; with --decode, show them");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  try {
+  return example::run_main(argc, argv, app, [&] {
     std::ios::sync_with_stdio(false);
     run(tl::load_tokenizer(model), decode, options);
-  } catch (const tl::Error& e) {
-    std::cerr << "error: " << e.what() << '\n';
-    return 1;
-  }
+  });
 }

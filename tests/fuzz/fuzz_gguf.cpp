@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <span>
 
-#include "tinyllama/io/checkpoint.hpp"
+#include "tinyllama/io/gguf_config.hpp"
 
 namespace {
 

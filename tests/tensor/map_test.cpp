@@ -93,6 +93,25 @@ TEST_CASE("map over slices, broadcasts and transposes, reading and writing") {
   }
 }
 
+TEST_CASE("map over long runs with a stride, which several tasks share, and into a slice from contiguous elements") {
+  const auto a = numbers(3 * 30000);
+  const tl::View<const float, dyn, dyn> m(a.data(), {30000, 3});
+  for (int threads : {1, 3}) {
+    const tl::test::Threads dev(threads);
+    std::vector<float> y(a.size(), -1.0f);
+    const tl::View<float, dyn, dyn> out(y.data(), {30000, 3});
+    tl::map(dev, tl::columns(out, 1, 2), [](auto x) { return x; }, tl::columns(m, 2, 3));
+    tl::map(dev, tl::columns(out, 0, 1), [](auto x) { return x; }, tl::View<const float, dyn, 1>(a.data(), {30000, 1}));
+    int wrong = 0;
+    for (index_t i = 0; i < 30000; ++i) wrong += out(i, 1) != m(i, 2) || out(i, 0) != a[static_cast<std::size_t>(i)] || out(i, 2) != -1.0f;
+    CHECK(wrong == 0);
+    tl::map(dev, tl::columns(out, 0, 2), [](auto x) { return x; }, tl::View<const float, dyn, 2>(a.data(), {30000, 2}));
+    wrong = 0;
+    for (index_t i = 0; i < 30000; ++i) wrong += out(i, 1) != a[static_cast<std::size_t>(2 * i + 1)] || out(i, 2) != -1.0f;
+    CHECK(wrong == 0);
+  }
+}
+
 TEST_CASE("map over three axes of which some merge") {
   const tl::test::Threads dev(2);
   const auto a = numbers(4 * 5 * 6);

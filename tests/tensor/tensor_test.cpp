@@ -36,7 +36,8 @@ TEST_CASE("a tensor owns aligned memory of its device and gives it back") {
     CHECK(moved(0, 0) == 1.0f);
 
     tl::View<float, dyn, 5> v = moved;
-    tl::View<const float, dyn, dyn> general = moved.view();
+    tl::View<const float, dyn, dyn> general = moved;
+    static_assert(!std::is_convertible_v<const tl::Tensor<Threads, float, dyn, 5>&, tl::View<float, dyn, 5>>);
     CHECK(v.data() == general.data());
     static_assert(!std::is_copy_constructible_v<tl::Tensor<Threads, float, dyn>>);
     static_assert(std::is_same_v<decltype(tl::as_view(std::as_const(moved))), tl::View<const float, dyn, 5>>);
@@ -130,5 +131,6 @@ TEST_CASE("the layer on the Cpu: map, sum, softmax, transpose, cast, quantise") 
   CHECK(t(200, 3) == x(3, 200));
   const auto bytes = tl::quantise(dev, tl::Format::q8_0, x);
   tl::dequantise(dev, y, tl::Format::q8_0, bytes);
-  for (index_t i = 0; i < 4 * 256; ++i) CHECK(std::fabs(y.data()[i] - x.data()[i]) <= 4.0f / 127.0f * 0.51f);
+  // Half a step of the block's scale, which is off by half a unit of f16 itself.
+  for (index_t i = 0; i < 4 * 256; ++i) CHECK(std::fabs(y.data()[i] - x.data()[i]) <= 4.0f * (0.5f / 127.0f + 0x1p-11f));
 }

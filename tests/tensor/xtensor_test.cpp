@@ -52,7 +52,7 @@ TEST_CASE("as_view points at the container's own elements") {
   CHECK(tl::as_view(adapted).data() == mine.data());
 }
 
-TEST_CASE("slices of rows are views, with an offset and a stride; temporaries of them too") {
+TEST_CASE("slices of rows are views, with an offset and a stride, and so are temporaries of them") {
   Matrix a = counting();
   const auto row = tl::as_view(xt::view(a, 1, xt::all()));
   static_assert(decltype(row)::rank == 1);
@@ -63,6 +63,8 @@ TEST_CASE("slices of rows are views, with an offset and a stride; temporaries of
   CHECK(some(1, 2) == a(2, 3));
   const auto single = tl::as_view(xt::view(a, xt::range(1, 2), xt::all()));  // xtensor's stride of the axis of one is 0
   CHECK(single.contiguous());
+  Matrix column = xt::ones<float>({3, 1});
+  CHECK(tl::as_view(column).strides() == std::array<tl::index_t, 2>{1, 1});
 }
 
 TEST_CASE("slices of columns and transposes need a copy, or strides") {

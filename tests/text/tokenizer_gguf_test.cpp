@@ -52,12 +52,12 @@ Vocabulary read(const Keys& keys) {
 void refused(Keys k, const std::function<void(Keys&)>& change, const char* word) {
   CHECK_NOTHROW(read(k));
   change(k);
-  INFO(word);
+  INFO(std::string(word));
   try {
     Tokenizer(read(k));
     FAIL_CHECK("accepted");
   } catch (const Error& e) {
-    INFO(e.what());
+    INFO(std::string(e.what()));
     CHECK(std::string(e.what()).find(word) != std::string::npos);
     CHECK(e.where() == "m.gguf");
   }

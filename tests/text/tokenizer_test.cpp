@@ -84,7 +84,7 @@ TEST_CASE("tokenizer: vocabularies that contradict themselves") {
     CHECK_NOTHROW(Tokenizer{v});
     change(v);
     v.source = "the file";
-    INFO(word);
+    INFO(std::string(word));
     try {
       Tokenizer{v};
       FAIL_CHECK("accepted");

@@ -12,8 +12,11 @@
 #include <vector>
 
 #include "tinyllama/io/checkpoint.hpp"
+#include "tinyllama/io/config_json.hpp"
+#include "tinyllama/io/gguf.hpp"
 #include "tinyllama/io/gguf_writer.hpp"
 #include "tinyllama/io/mixture.hpp"
+#include "tinyllama/io/safetensors.hpp"
 #include "tinyllama/quant/codec.hpp"
 
 namespace tinyllama {
@@ -39,7 +42,8 @@ class RowCopier {
     const StoredTensor& t = from_.tensor(p);
     const bool rotated = p.slot == Slot::q || p.slot == Slot::k;
     const std::size_t size = row_bytes(format, p.columns);
-    if (p.columns % info(format).block) throw Error(t.file, t.name, "rows of a multiple of " + std::to_string(info(format).block) + " weights for " + std::string(name(format)), std::to_string(p.columns));
+    if (const int block = info(format).block; p.columns % block)
+      throw Error(t.file, t.name, "rows of a multiple of " + std::to_string(block) + " weights for " + std::string(name(format)), std::to_string(p.columns));
     floats_.resize(static_cast<std::size_t>(p.columns));
     row_.resize(size);
     for (index_t r = 0; r < p.rows; ++r) {

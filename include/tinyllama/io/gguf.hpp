@@ -267,7 +267,8 @@ class Gguf {
     else r.take(detail::gguf_scalar_bytes(v.type), key);
     v.raw = {raw, r.here()};
     v.payload = {payload, r.here()};
-    if (v.type == GgufType::boolean && static_cast<unsigned>(v.payload[0]) > 1) throw Error(name_, key, "a bool", "the byte " + std::to_string(static_cast<unsigned>(v.payload[0])));
+    if (v.type == GgufType::boolean && static_cast<unsigned>(v.payload[0]) > 1)
+      throw Error(name_, key, "a bool", "the byte " + std::to_string(static_cast<unsigned>(v.payload[0])));
     return v;
   }
   void skip_elements(detail::ByteReader& r, std::string_view key, GgufType element, std::uint64_t count, int depth) const {
@@ -324,7 +325,8 @@ class Gguf {
     if (offset > data.size()) throw Error(name_, t.name, "an offset inside the " + std::to_string(data.size()) + " bytes of data", std::to_string(offset));
     const FormatInfo* f = detail::format_of_ggml(t.type);
     if (!f) return;  // of unknown size; format() refuses it when somebody asks
-    if (t.dims[0] % f->block) throw Error(name_, t.name, "rows of a multiple of " + std::to_string(f->block) + " weights (" + std::string(f->name) + ")", std::to_string(t.dims[0]));
+    if (t.dims[0] % f->block)
+      throw Error(name_, t.name, "rows of a multiple of " + std::to_string(f->block) + " weights (" + std::string(f->name) + ")", std::to_string(t.dims[0]));
     std::uint64_t size = static_cast<std::uint64_t>(f->bytes);
     bool overflow = __builtin_mul_overflow(size, static_cast<std::uint64_t>(t.dims[0] / f->block), &size);
     for (std::size_t d = 1; d < t.dims.size(); ++d) overflow |= __builtin_mul_overflow(size, static_cast<std::uint64_t>(t.dims[d]), &size);

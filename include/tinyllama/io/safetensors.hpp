@@ -192,7 +192,8 @@ class Safetensors {
       auto& e = entries[static_cast<std::size_t>(i)];
       const std::string range = "[" + std::to_string(from) + ", " + std::to_string(to) + ")";
       if (from > to || to > data.size())
-        throw Error(name_, e.name, "data_offsets inside the " + std::to_string(data.size()) + " bytes of data", range + (to > data.size() ? " (truncated or damaged)" : ""));
+        throw Error(name_, e.name, "data_offsets inside the " + std::to_string(data.size()) + " bytes of data",
+                    range + (to > data.size() ? " (truncated or damaged)" : ""));
       if (from != end) throw Error(name_, e.name, "data that begins where the tensor before ends, at " + std::to_string(end), range);
       end = to;
       SafeTensor t{std::move(e.name), std::move(*e.dtype), {}, data.subspan(static_cast<std::size_t>(from), static_cast<std::size_t>(to - from))};

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -208,7 +209,8 @@ class TokenizerJson {
         byte_level = true;
         v_.add_space_prefix = o.boolean("add_prefix_space", true);
         const bool own_pattern = o.boolean("use_regex", true);
-        if (own_pattern == split || (digits && v_.add_space_prefix)) throw unsupported("pre_tokenizer", "one of GPT-2's, SmolLM's and Llama 3's sequences", *step);
+        if (own_pattern ? split : digits) throw unsupported("pre_tokenizer", "one pattern: ByteLevel's own, or Split", *step);
+        if (digits && v_.add_space_prefix) throw unsupported("pre_tokenizer", "add_prefix_space = false after Digits", *step);
         if (own_pattern) v_.pre_tokenizer = digits ? PreTokenizer::smollm : PreTokenizer::gpt2;
       } else {
         throw unsupported("pre_tokenizer", "ByteLevel, after Digits (individual) or Split, or neither", *step);
@@ -310,10 +312,13 @@ inline void apply_tokenizer_config(Vocabulary& v, const detail::json& config, st
   if (const json* chat = o.find("chat_template"); chat && chat->is_string()) {
     v.chat_template = chat->get<std::string>();
   } else if (chat && chat->is_array()) {  // named ones: "default", else the first
+    std::optional<std::string> chosen;
     for (const json& c : *chat) {
-      const detail::JsonObject named(c.is_object() ? c : json::object(), where);
-      if (v.chat_template.empty() || named.string("name", "") == "default") v.chat_template = named.string("template", "");
+      if (!c.is_object()) throw Error(where, "chat_template", "objects with name and template", detail::json_text(c));
+      const detail::JsonObject named(c, where);
+      if (!chosen || named.string("name", "") == "default") chosen = named.string("template", "");
     }
+    v.chat_template = chosen.value_or("");
   }
 }
 

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "tinyllama/error.hpp"
 #include "tinyllama/text/vocabulary.hpp"
@@ -24,7 +25,7 @@ class ProtobufReader {
     std::string_view bytes;   // of wire type 2
   };
 
-  ProtobufReader(std::string_view bytes, std::string_view file, std::string_view message) : rest_(bytes), file_(file), message_(message) {}
+  ProtobufReader(std::string_view bytes, std::string_view file, std::string message) : rest_(bytes), file_(file), message_(std::move(message)) {}
 
   std::optional<Field> next() {
     if (rest_.empty()) return std::nullopt;
@@ -73,7 +74,8 @@ class ProtobufReader {
     }
     throw damaged("a varint of at most 10 bytes", "a longer one");
   }
-  std::string_view rest_, file_, message_;
+  std::string_view rest_, file_;
+  std::string message_;
 };
 
 }  // namespace detail
@@ -121,7 +123,7 @@ inline Vocabulary read_tokenizer_model(std::string_view bytes, std::string_view 
       }
   };
   const auto normaliser = [&](std::string_view message, std::string_view which) {
-    Reader r(message, name, which);
+    Reader r(message, name, std::string(which));
     while (const auto f = r.next()) {
       if (f->number == 2 && !r.bytes(*f).empty())
         throw Error(name, which, "the identity", "a character map of " + std::to_string(f->bytes.size()) + " bytes (nmt_nfkc and the like are not supported)");

@@ -28,6 +28,7 @@ class Model {
   const C& config() const { return weights_->config; }
   D& device() const { return *weights_->device; }
   const Weights<C, D>& weights() const { return *weights_; }
+  std::shared_ptr<const Weights<C, D>> shared_weights() const { return weights_; }
   bool has_tokenizer() const { return tokenizer_.has_value(); }
   /// The checkpoint's own; Error where none stood beside it.
   const Tokenizer& tokenizer() const {

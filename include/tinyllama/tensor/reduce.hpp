@@ -17,7 +17,7 @@ namespace vec_detail {
 
 // The order of a reduction depends on its length and on the lanes, never on the threads: blocks of `block_vectors` vectors, each
 // in four interleaved accumulators, and the blocks combined as a balanced tree. A sum's error so grows with log n.
-inline constexpr index_t block_vectors = 64;
+inline constexpr index_t block_vectors = 128;
 
 // init if there is nothing; else pre(x) combined over [0, n) of one run, lane by lane.
 template <class T, class Pre, class Op>
@@ -64,18 +64,27 @@ HWY_INLINE float reduce_lanes(Vec v, const Op& op) {
   return x[0];
 }
 
-// Reduces `count` rows, `step` elements apart, column by column, for up to one vector of columns.
-template <class T, class Pre, class Op, class Load>
-Vec reduce_rows(const T* p, index_t step, index_t count, Vec init, const Pre& pre, const Op& op, const Load& load_columns) {
-  constexpr index_t block = 32;
-  if (count <= block) {
-    Vec a = init;
-    for (index_t i = 0; i < count; ++i) a = op(pre(load_columns(p + i * step)), a);
-    return a;
+// Reduces `count` rows, `step` elements apart, column by column, for K vectors of columns, the last of them `last` columns wide: enough
+// to keep memory busy, where one vector at a time got an eighth of the bandwidth.
+template <int K, class T, class Pre, class Op>
+HWY_INLINE void reduce_rows(Vec (&sums)[K], const T* p, index_t step, index_t count, index_t last, Vec init, const Pre& pre, const Op& op) {
+  for (Vec& s : sums) s = init;
+  for (index_t i = 0; i < count; ++i) {
+    const T* row = p + i * step;
+    for (int v = 0; v < K - 1; ++v) sums[v] = op(pre(load(row + v * Vec::lanes)), sums[v]);
+    const T* end = row + (K - 1) * Vec::lanes;
+    sums[K - 1] = op(pre(last == Vec::lanes ? load(end) : load_partial(end, 1, last)), sums[K - 1]);
   }
+}
+template <int K, class T, class Pre, class Op>
+void reduce_band(Vec (&sums)[K], const T* p, index_t step, index_t count, index_t last, Vec init, const Pre& pre, const Op& op) {
+  constexpr index_t block = 32;
+  if (count <= block) return reduce_rows(sums, p, step, count, last, init, pre, op);
   const index_t top = (count / block + 1) / 2 * block;
-  const Vec a = reduce_rows(p, step, top, init, pre, op, load_columns);
-  return op(a, reduce_rows(p + top * step, step, count - top, init, pre, op, load_columns));
+  reduce_band(sums, p, step, top, last, init, pre, op);
+  Vec below[K];
+  reduce_band(below, p + top * step, step, count - top, last, init, pre, op);
+  for (int v = 0; v < K; ++v) sums[v] = op(sums[v], below[v]);
 }
 
 // The shape or strides without one axis.
@@ -112,7 +121,8 @@ void reduce_views(const char* operation, const Device& device, View<T, E...> out
   const index_t inner = layout.inner(), total = out.size();
   // Along contiguous memory where the axis allows it; else a vector of outputs at a time, down the rows.
   const bool down = step != 1 && inner >= 2 && layout.inner_stride(1) == 1;
-  const index_t unit = down ? Vec::lanes : 1;
+  constexpr int band = 32;
+  const index_t unit = down ? band * Vec::lanes : 1;
   const index_t grain = std::max<index_t>(1, task_elements / std::max<index_t>(1, count) / unit) * unit;
   device.parallel_for(total, grain, [&](index_t begin, index_t end) {
     const Vec start(init);
@@ -122,11 +132,17 @@ void reduce_views(const char* operation, const Device& device, View<T, E...> out
       const In* from = in.data() + layout.offset(1, run) + first * layout.inner_stride(1);
       const index_t to_step = layout.inner_stride(0), from_step = layout.inner_stride(1);
       if (down) {
-        for (index_t i = 0; i < n; i += Vec::lanes) {
+        index_t i = 0;
+        for (; i + band * Vec::lanes <= n; i += band * Vec::lanes) {
+          Vec sums[band];
+          reduce_band(sums, from + i, step, count, Vec::lanes, start, pre, op);
+          for (int v = 0; v < band; ++v) store_partial(post(sums[v]), to + (i + v * Vec::lanes) * to_step, to_step, Vec::lanes);
+        }
+        for (; i < n; i += Vec::lanes) {
           const index_t k = std::min(Vec::lanes, n - i);
-          const Vec v = k == Vec::lanes ? reduce_rows(from + i, step, count, start, pre, op, [](const In* p) HWY_ATTR { return load(p); })
-                                        : reduce_rows(from + i, step, count, start, pre, op, [k](const In* p) HWY_ATTR { return load_partial(p, 1, k); });
-          store_partial(post(v), to + i * to_step, to_step, k);
+          Vec sums[1];
+          reduce_band(sums, from + i, step, count, k, start, pre, op);
+          store_partial(post(sums[0]), to + i * to_step, to_step, k);
         }
       } else {
         for (index_t i = 0; i < n; ++i) {

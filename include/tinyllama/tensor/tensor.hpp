@@ -81,8 +81,8 @@ class Tensor {
   Tensor clone() const {
     Tensor r(*device_, shape());
     const std::size_t n = detail::checked_bytes<T>(shape());
-    if constexpr (requires { device_->copy(r.data(), data(), n); })
-      device_->copy(r.data(), data(), n);
+    if constexpr (requires { device_->copy_bytes(r.data(), data(), n); })  // a device whose memory the host cannot touch
+      device_->copy_bytes(r.data(), data(), n);
     else if (n)
       std::memcpy(r.data(), data(), n);
     return r;
@@ -90,8 +90,13 @@ class Tensor {
 
   View<T, E...> view() { return view_; }
   View<const T, E...> view() const { return view_; }
-  operator View<T, E...>() { return view_; }
-  operator View<const T, E...>() const { return view_; }
+  /// To any view that view() converts to: of const elements, of forgotten extents.
+  template <class U, index_t... F>
+    requires std::is_constructible_v<View<U, F...>, View<T, E...>>
+  operator View<U, F...>() { return view_; }
+  template <class U, index_t... F>
+    requires std::is_constructible_v<View<U, F...>, View<const T, E...>>
+  operator View<U, F...>() const { return view(); }
 
   const Device& device() const { return *device_; }
   T* data() { return view_.data(); }

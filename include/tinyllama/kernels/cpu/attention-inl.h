@@ -2,6 +2,7 @@
 
 #include "tinyllama/kernels/cpu/isa-inl.h"
 
+#include <cmath>
 #include <limits>
 
 TINYLLAMA_BEFORE_NAMESPACE();
@@ -9,12 +10,13 @@ namespace tinyllama {
 namespace TINYLLAMA_ISA {
 namespace {
 
-inline constexpr int attention_rows = lanes >= 8 ? 4 : 2;      // query rows held in registers
-inline constexpr int attention_vectors = lanes >= 16 ? 4 : lanes >= 4 ? 2 : 1;  // vectors of positions, or of V's columns, for each of them
+// Query rows held in registers, and vectors of positions, or of V's columns, for each of them. More rows mean that a key is widened less often.
+inline constexpr int attention_rows = lanes >= 16 ? 8 : lanes >= 8 ? 4 : 2;
+inline constexpr int attention_vectors = lanes >= 4 ? 2 : 1;
 
 // s [R, 64] = q [R, hd] K^T: K lies transposed, so that a lane is a position.
 template <class E, int R>
-HWY_INLINE void Scores(const float* const (&q)[R], const E* k, index_t head_dim, V scale, float (&s)[attention_rows][page_tokens]) {
+HWY_INLINE void Scores(const float* const (&q)[R], const E* k, index_t head_dim, V scale, float (&s)[R][page_tokens]) {
   const D d;
   constexpr index_t step = attention_vectors * lanes;
   for (index_t p = 0; p < page_tokens; p += step) {
@@ -36,13 +38,13 @@ HWY_INLINE void Scores(const float* const (&q)[R], const E* k, index_t head_dim,
 
 // o [R, stride] = factor o + e [R, positions] V: a lane is a column of V.
 template <class E, int R, int NV>
-HWY_INLINE void Weighted(const float (&e)[attention_rows][page_tokens], const E* v, index_t stride, index_t column, index_t positions, const float (&factor)[R],
-                         float* o) {
+HWY_INLINE void Weighted(const float (&e)[R][page_tokens], const E* v, index_t stride, index_t column, index_t positions, const float (&factor)[R],
+                         float* const (&o)[R]) {
   const D d;
   V acc[R][NV];
   TINYLLAMA_UNROLL for (int r = 0; r < R; ++r)
     TINYLLAMA_UNROLL for (int j = 0; j < NV; ++j)
-      acc[r][j] = hn::Mul(hn::Set(d, factor[r]), hn::LoadU(d, o + r * stride + column + j * lanes));
+      acc[r][j] = hn::Mul(hn::Set(d, factor[r]), hn::LoadU(d, o[r] + column + j * lanes));
   for (index_t p = 0; p < positions; ++p) {
     V vv[NV];
     TINYLLAMA_UNROLL for (int j = 0; j < NV; ++j) vv[j] = Widen(d, v + p * stride + column + j * lanes);
@@ -52,58 +54,62 @@ HWY_INLINE void Weighted(const float (&e)[attention_rows][page_tokens], const E*
     }
   }
   TINYLLAMA_UNROLL for (int r = 0; r < R; ++r)
-    TINYLLAMA_UNROLL for (int j = 0; j < NV; ++j) hn::StoreU(acc[r][j], d, o + r * stride + column + j * lanes);
+    TINYLLAMA_UNROLL for (int j = 0; j < NV; ++j) hn::StoreU(acc[r][j], d, o[r] + column + j * lanes);
 }
 
-/// R rows against one page: s and e are scores and their exponentials, `row` the first of the rows.
+/// Rows [row, row + count) against one page. With fewer rows than R the last is computed again in the place of those that are missing.
 template <class E, int R>
-void AttendPage(const AttentionTask& t, index_t row, index_t page) {
+void AttendPage(const AttentionTask& t, index_t row, index_t count, index_t page) {
   const D d;
   const index_t stride = head_stride(t.head_dim), p0 = page * page_tokens;
   const float* q[R];
+  float* o[R];
   index_t seen[R], most = 0;  // positions of this page that a row sees
   for (int r = 0; r < R; ++r) {
-    const index_t token = (row + r) / t.group, last = t.position + token + 1 < t.end ? t.position + token + 1 : t.end;
-    q[r] = t.q + token * t.ldq + (row + r) % t.group * t.head_dim;
+    const index_t at = row + (r < count ? r : count - 1), token = at / t.group;
+    const index_t last = t.position + token + 1 < t.end ? t.position + token + 1 : t.end;
+    q[r] = t.q + token * t.ldq + at % t.group * t.head_dim;
+    o[r] = t.o + at * stride;
     seen[r] = last - p0 < 0 ? 0 : last - p0 < page_tokens ? last - p0 : page_tokens;
     most = seen[r] > most ? seen[r] : most;
   }
   if (most == 0) return;
-  alignas(64) float s[attention_rows][page_tokens];
+  alignas(64) float s[R][page_tokens];
   Scores<E, R>(q, reinterpret_cast<const E*>(t.pages[page] + t.k_offset), t.head_dim, hn::Set(d, t.scale), s);
   float factor[R];
   const V lowest = hn::Set(d, -std::numeric_limits<float>::infinity());
   for (int r = 0; r < R; ++r) {
-    V m = lowest;
-    for (index_t p = 0; p < page_tokens; p += lanes) {
-      // Beyond what the row sees lie other rows' keys or memory that was never written.
-      const V x = hn::IfThenElse(hn::Lt(hn::Iota(d, static_cast<float>(p)), hn::Set(d, static_cast<float>(seen[r]))), hn::Load(d, s[r] + p), lowest);
-      hn::Store(x, d, s[r] + p);
-      m = hn::Max(m, x);
+    if (r >= count) {
+      for (index_t p = 0; p < most; p += lanes) hn::Store(hn::Load(d, s[r - 1] + p), d, s[r] + p);
+      factor[r] = factor[r - 1];
+      continue;
     }
-    alignas(64) float lane[lanes];
-    hn::Store(m, d, lane);
-    const float before = t.max[row + r];
-    float max = before;
-    for (index_t l = 0; l < lanes; ++l) max = lane[l] > max ? lane[l] : max;
     if (seen[r] == 0) {
       for (index_t p = 0; p < most; ++p) s[r][p] = 0;
       factor[r] = 1.0f;
       continue;
     }
+    V m = lowest;
+    if (seen[r] < page_tokens)
+      for (index_t p = 0; p < page_tokens; p += lanes) {
+        // Beyond what the row sees lie other rows' keys or memory that was never written.
+        const V x = hn::IfThenElse(hn::Lt(hn::Iota(d, static_cast<float>(p)), hn::Set(d, static_cast<float>(seen[r]))), hn::Load(d, s[r] + p), lowest);
+        hn::Store(x, d, s[r] + p);
+      }
+    for (index_t p = 0; p < page_tokens; p += lanes) m = hn::Max(m, hn::Load(d, s[r] + p));
+    const float before = t.max[row + r], found = hn::GetLane(hn::MaxOfLanes(d, m)), max = found > before ? found : before;
     factor[r] = max == before ? 1.0f : std::exp(before - max);
     V sum = hn::Zero(d);
     const V vmax = hn::Set(d, max);
     for (index_t p = 0; p < page_tokens; p += lanes) {
-      const V e = math::Exp(d, hn::Sub(hn::Load(d, s[r] + p), vmax));
+      const V e = math::ExpNonPositive(d, hn::Sub(hn::Load(d, s[r] + p), vmax));
       hn::Store(e, d, s[r] + p);
       sum = hn::Add(sum, e);
     }
-    t.sum[row + r] = t.sum[row + r] * factor[r] + Total(sum);
+    t.sum[row + r] = t.sum[row + r] * factor[r] + hn::GetLane(hn::SumOfLanes(d, sum));
     t.max[row + r] = max;
   }
   const E* v = reinterpret_cast<const E*>(t.pages[page] + t.v_offset);
-  float* o = t.o + row * stride;
   index_t column = 0;
   for (; column + attention_vectors * lanes <= stride; column += attention_vectors * lanes)
     Weighted<E, R, attention_vectors>(s, v, stride, column, most, factor, o);
@@ -118,11 +124,14 @@ void Attend(const AttentionTask& t) {
     t.sum[r] = 0;
     for (index_t i = 0; i < stride; ++i) t.o[r * stride + i] = 0;
   }
-  for (index_t page = t.begin / page_tokens; page * page_tokens < t.end; ++page) {
-    index_t r = 0;
-    for (; r + attention_rows <= t.rows; r += attention_rows) AttendPage<E, attention_rows>(t, r, page);
-    for (; r < t.rows; ++r) AttendPage<E, 1>(t, r, page);
-  }
+  constexpr int half = attention_rows / 2;
+  for (index_t page = t.begin / page_tokens; page * page_tokens < t.end; ++page)
+    for (index_t r = 0; r < t.rows; r += attention_rows) {
+      const index_t count = t.rows - r < attention_rows ? t.rows - r : attention_rows;
+      if (count > half) AttendPage<E, attention_rows>(t, r, count, page);
+      else if (half > 1 && count > 1) AttendPage<E, half>(t, r, count, page);
+      else AttendPage<E, 1>(t, r, 1, page);
+    }
 }
 
 void attention(const AttentionTask& t) {

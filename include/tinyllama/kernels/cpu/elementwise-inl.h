@@ -65,7 +65,7 @@ HWY_INLINE float SumOfSquares(const float* x, index_t n) {
     const V a = hn::LoadU(d, x + i);
     s0 = hn::MulAdd(a, a, s0);
   }
-  float total = Total(hn::Add(hn::Add(s0, s1), hn::Add(s2, s3)));
+  float total = hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(s0, s1), hn::Add(s2, s3))));
   for (; i < n; ++i) total += x[i] * x[i];
   return total;
 }
@@ -122,22 +122,20 @@ void softmax(float* out, const float* x, index_t n, float scale) {
   V m = hn::Set(d, out[0]);
   index_t i = 0;
   for (; i + lanes <= n; i += lanes) m = hn::Max(m, hn::LoadU(d, out + i));
-  alignas(64) float t[lanes];
-  hn::Store(m, d, t);
-  float max = t[0];
-  for (index_t l = 1; l < lanes; ++l) max = t[l] > max ? t[l] : max;
+  float max = hn::GetLane(hn::MaxOfLanes(d, m));
   for (; i < n; ++i) max = out[i] > max ? out[i] : max;
   V sum = hn::Zero(d);
   const V vmax = hn::Set(d, max);
   for (i = 0; i + lanes <= n; i += lanes) {
-    const V e = math::Exp(d, hn::Sub(hn::LoadU(d, out + i), vmax));
+    const V e = math::ExpNonPositive(d, hn::Sub(hn::LoadU(d, out + i), vmax));
     hn::StoreU(e, d, out + i);
     sum = hn::Add(sum, e);
   }
-  float total = Total(sum);
+  float total = hn::GetLane(hn::SumOfLanes(d, sum));
   if (i < n) {
+    alignas(64) float t[lanes];
     for (index_t l = 0; l < lanes; ++l) t[l] = i + l < n ? out[i + l] - max : 0.0f;
-    hn::Store(math::Exp(d, hn::Load(d, t)), d, t);
+    hn::Store(math::ExpNonPositive(d, hn::Load(d, t)), d, t);
     for (; i < n; ++i) total += out[i] = t[i % lanes];
   }
   Map1(out, out, n, ScaleOp{hn::Set(d, 1.0f / total)});
@@ -165,28 +163,23 @@ void round_bf16(bf16* out, const float* x, index_t n) {
 void quantise_activations(std::int8_t* q, float* scale, float* sum32, float* sum16, const float* x, index_t n) {
   const D d;
   const DI di;
+  const hn::Rebind<std::int8_t, DI> d8;
   for (index_t g = 0; g < n / 32; ++g, x += 32, q += 32) {
     // Magnitudes compared as integers: a NaN is then the largest, and the scale becomes NaN with it.
     VI m = hn::Zero(di);
     for (index_t i = 0; i < 32; i += lanes) m = hn::Max(m, hn::BitCast(di, hn::Abs(hn::LoadU(d, x + i))));
-    alignas(64) float t[lanes];
-    hn::Store(hn::BitCast(d, m), d, t);
-    float max = t[0];
-    for (index_t l = 1; l < lanes; ++l) max = max >= t[l] || max != max ? max : t[l];
-    const float s = max / 127.0f, inverse = quantise_inverse(max);
-    alignas(64) std::int32_t r[32];
-    for (index_t i = 0; i < 32; i += lanes) {
-      const V code = hn::Mul(hn::LoadU(d, x + i), hn::Set(d, inverse));
-      hn::Store(hn::NearestInt(hn::IfThenElseZero(hn::Eq(code, code), code)), di, r + i);  // 0 for a NaN, which no integer can be
+    const float max = hn::GetLane(hn::BitCast(d, hn::MaxOfLanes(di, m))), inverse = quantise_inverse(max);
+    scale[g] = max / 127.0f;
+    for (index_t h = 0; h < 2; ++h) {
+      VI sum = hn::Zero(di);
+      for (index_t i = 16 * h; i < 16 * h + 16; i += lanes) {
+        const V code = hn::Mul(hn::LoadU(d, x + i), hn::Set(d, inverse));
+        const VI r = hn::NearestInt(hn::IfThenElseZero(hn::Eq(code, code), code));  // 0 for a NaN, which no integer can be
+        hn::StoreU(hn::DemoteTo(d8, r), d8, q + i);
+        sum = hn::Add(sum, r);
+      }
+      sum16[2 * g + h] = scale[g] * static_cast<float>(hn::GetLane(hn::SumOfLanes(di, sum)));
     }
-    int sum[2] = {0, 0};
-    for (index_t i = 0; i < 32; ++i) {
-      q[i] = static_cast<std::int8_t>(r[i]);
-      sum[i / 16] += q[i];
-    }
-    scale[g] = s;
-    sum16[2 * g] = s * static_cast<float>(sum[0]);
-    sum16[2 * g + 1] = s * static_cast<float>(sum[1]);
     sum32[g] = sum16[2 * g] + sum16[2 * g + 1];
   }
 }

@@ -68,15 +68,6 @@ HWY_INLINE V Widen(D d, const bf16* p) {
   return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(DU(), hn::LoadU(d16, reinterpret_cast<const std::uint16_t*>(p)))));
 }
 
-/// Sum over lanes, in a fixed order.
-HWY_INLINE float Total(V v) {
-  alignas(64) float x[lanes];
-  hn::Store(v, D(), x);
-  for (index_t step = lanes / 2; step > 0; step /= 2)
-    for (index_t i = 0; i < step; ++i) x[i] += x[i + step];
-  return x[0];
-}
-
 /// acc[lane] += sum of the lane's four products of unsigned codes and signed activations.
 HWY_INLINE VI DotU8S8(VI acc, VU codes, std::uint32_t four_activations) {
 #if TINYLLAMA_BF16_VNNI

@@ -11,6 +11,7 @@
 #include "tinyllama/kernels/cpu/elementwise-inl.h"
 #include "tinyllama/kernels/cpu/attention-inl.h"
 #include "tinyllama/kernels/cpu/matmul-inl.h"
+#include "tinyllama/kernels/cpu/blocks-inl.h"
 
 #define TINYLLAMA_KERNEL_ENTRY(name, ...) &name,
 namespace tinyllama::TINYLLAMA_ISA {
@@ -23,6 +24,7 @@ namespace tinyllama::TINYLLAMA_ISA {
 #include "tinyllama/kernels/cpu/elementwise-inl.h"
 #include "tinyllama/kernels/cpu/attention-inl.h"
 #include "tinyllama/kernels/cpu/matmul-inl.h"
+#include "tinyllama/kernels/cpu/blocks-inl.h"
 namespace tinyllama::TINYLLAMA_ISA {
 static constexpr Kernels table = {HWY_STR(TINYLLAMA_ISA), true, TINYLLAMA_KERNELS(TINYLLAMA_KERNEL_ENTRY)};
 }
