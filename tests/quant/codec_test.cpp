@@ -172,8 +172,8 @@ TEST_CASE("any bytes decode") {
 }
 
 TEST_CASE("a row that is no multiple of the block is an Error, and an empty one is none") {
-  std::vector<float> x(64);
-  std::vector<std::byte> bytes(64);
+  std::vector<float> x(256);
+  std::vector<std::byte> bytes(256);
   CHECK_THROWS_AS(tl::encode_row(Format::q8_0, x.data(), bytes.data(), 33), tl::Error);
   CHECK_THROWS_AS(tl::decode_row(Format::q4_K, bytes.data(), x.data(), 32), tl::Error);
   CHECK_THROWS_AS(tl::decode_row(Format::q4_0, bytes.data(), x.data(), -32), tl::Error);
