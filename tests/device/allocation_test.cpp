@@ -15,6 +15,7 @@ std::atomic<long> allocations{0};
 
 void* counted(std::size_t bytes, std::size_t align) {
   if (counting.load(std::memory_order_relaxed)) allocations.fetch_add(1, std::memory_order_relaxed);
+  if (bytes >> 40) return nullptr;  // what no test machine has; the address sanitizer would not return
   void* p = nullptr;
   if (posix_memalign(&p, std::max(align, sizeof(void*)), bytes ? bytes : 1) != 0) return nullptr;
   return p;

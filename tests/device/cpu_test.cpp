@@ -245,7 +245,8 @@ TEST_CASE("memory is aligned, and large blocks can be written to the end") {
     CHECK(moved.bytes() == bytes);
     CHECK(m.data() == nullptr);
   }
-  CHECK_THROWS_AS(static_cast<void>(dev.allocate(std::size_t{1} << 60)), Error);
+  for (const std::size_t bytes : {std::size_t{1} << 60, static_cast<std::size_t>(-1), static_cast<std::size_t>(-64)})
+    CHECK_THROWS_AS(static_cast<void>(dev.allocate(bytes)), Error);
 }
 
 TEST_CASE("matmul: one matrix of each format, few rows and many") {

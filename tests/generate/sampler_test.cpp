@@ -56,7 +56,8 @@ TEST_CASE("sampler: bias and penalties") {
   CHECK(support(draw({.temperature = 0.0f, .logit_bias = {{3, -100.0f}}})) == std::set<int>{1});
   const std::vector<std::int32_t> history{3, 3, 1};
   CHECK(support(draw({.temperature = 0.0f, .presence_penalty = 0.5f}, 1, history)) == std::set<int>{3});    // both lose the same
-  CHECK(support(draw({.temperature = 0.0f, .frequency_penalty = 0.8f}, 1, history)) == std::set<int>{1});   // 3 loses twice
+  CHECK(support(draw({.temperature = 0.0f, .presence_penalty = 0.75f}, 1, history)) == std::set<int>{3});
+  CHECK(support(draw({.temperature = 0.0f, .frequency_penalty = 0.75f}, 1, history)) == std::set<int>{4});  // 3 loses twice, and 4 nothing
   CHECK(support(draw({.temperature = 0.0f, .repetition_penalty = 2.0f}, 1, history)) == std::set<int>{4});  // 3 and 1 are halved
   CHECK(support(draw({.temperature = 0.0f, .repetition_penalty = 2.0f, .penalty_window = 1}, 1, history)) == std::set<int>{3});
   CHECK_THROWS_AS(draw({.logit_bias = {{5, 1.0f}}}), tl::Error);

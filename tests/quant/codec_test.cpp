@@ -91,7 +91,7 @@ TEST_CASE("the encoders without a search write the reference's bytes") {
   }
 }
 
-TEST_CASE("the K encoders lose no more than llama.cpp's, block by block of kinds of weights") {
+TEST_CASE("the K encoders lose no more than llama.cpp's, on weights of all kinds") {
   const auto weights = read_floats("weights.f32");
   for (Format f : {Format::q4_K, Format::q5_K, Format::q6_K}) {
     const auto ours = decode(f, encode(f, weights)), theirs = decode(f, read(std::string(tl::name(f)) + ".encoded"));

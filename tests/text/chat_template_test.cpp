@@ -128,6 +128,16 @@ TEST_CASE("chat: a system message is taken from the template only where it is a 
   CHECK(of("{{ '<|im_start|>system\nno end").empty());
 }
 
+TEST_CASE("chat: the template's own system message stands where the conversation begins without one") {
+  Vocabulary v = small_byte_level({});
+  v.chat_template = "{{ '<|im_start|>system\nS<|im_end|>\n' }}";
+  const Tokenizer t(v);
+  const auto shown = [&](std::vector<Message> talk, std::size_t first) { return t.decode(render_turn(t, ChatTemplate::chatml, talk, first, false), true); };
+  CHECK(shown({{"user", "u"}}, 0) == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nu<|im_end|>\n");
+  CHECK(shown({{"system", "mine"}, {"user", "u"}}, 0) == "<|im_start|>system\nmine<|im_end|>\n<|im_start|>user\nu<|im_end|>\n");
+  CHECK(shown({{"user", "u"}, {"assistant", "a"}, {"user", "v"}}, 2) == "<|im_end|>\n<|im_start|>user\nv<|im_end|>\n");
+}
+
 TEST_CASE("chat: what cannot be rendered") {
   const Tokenizer llama(small_sentencepiece({}));
   const std::vector<Message> hi{{"user", "hi"}}, robot{{"robot", "hi"}};

@@ -77,6 +77,14 @@ TEST_CASE("pre_tokenize: the tables are sorted, disjoint ranges") {
   };
   CHECK(sorted(detail::letter_ranges));
   CHECK(sorted(detail::number_ranges));
+  int letters = 0, numbers = 0, spaces = 0;
+  for (char32_t c = 0; c < 0x110000; ++c) {
+    const auto k = detail::char_class(c);
+    letters += k == detail::CharClass::letter, numbers += k == detail::CharClass::number, spaces += k == detail::CharClass::space;
+  }
+  CHECK(letters == 141028);  // as the reference's \p{L}, \p{N} and \s count them, Unicode 16
+  CHECK(numbers == 1911);
+  CHECK(spaces == 25);
   for (char32_t c = 0; c < 128; ++c) {  // the ASCII table repeats the beginning of the others
     const bool letter = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
     CHECK((detail::char_class(c) == detail::CharClass::letter) == letter);

@@ -49,7 +49,8 @@ class Cpu {
   std::byte* allocate(std::size_t bytes) const {
     constexpr std::size_t huge = std::size_t{2} << 20;
     const std::size_t align = bytes >= 2 * huge ? huge : 64, size = (std::max<std::size_t>(bytes, 1) + 63) / 64 * 64;
-    auto* p = static_cast<std::byte*>(std::aligned_alloc(align, (size + align - 1) / align * align));
+    constexpr std::size_t most = static_cast<std::size_t>(-1) / 4;  // above it the sums here would overflow
+    auto* p = bytes > most ? nullptr : static_cast<std::byte*>(std::aligned_alloc(align, (size + align - 1) / align * align));
     if (!p) throw Error("memory", "", std::to_string(bytes) + " bytes", "out of memory");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     if (align == huge) madvise(p, size / huge * huge, MADV_HUGEPAGE);  // whole pages only, so that resident memory stays what was asked for

@@ -104,7 +104,8 @@ class TokenizerJson {
     const json* added = JsonObject(root_, file_).find("added_tokens");
     if (added && !added->is_array()) throw JsonObject(root_, file_).wrong("added_tokens", "an array");
     known_ = vocab->size() + (added ? added->size() : 0);
-    if (known_ > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max() / 8)) throw Error(file_, "vocab", "below 2^28 pieces", std::to_string(known_));
+    if (known_ > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max() / 8))
+      throw Error(file_, "vocab", "below 2^28 pieces", std::to_string(known_));
     const std::string unk = model.string("unk_token", "");
     for (const auto& [text, value] : vocab->items()) {
       if (text.empty()) throw Error(file_, "vocab", "texts", "an empty one");
@@ -182,7 +183,7 @@ class TokenizerJson {
     }
     for (const json* step : steps("pre_tokenizer", "pretokenizers")) {
       const JsonObject o(*step, file_);
-      if (type_of(*step) != "Metaspace" || o.string("replacement", std::string(space_symbol)) != space_symbol || o.boolean("split", true))
+      if (type_of(*step) != "Metaspace" || o.string("replacement", space_symbol) != space_symbol || o.boolean("split", true))
         throw unsupported("pre_tokenizer", "null, or Metaspace with U+2581 and split = false (byte_fallback is set)", *step);
       const std::string scheme = o.string("prepend_scheme", o.boolean("add_prefix_space", true) ? "always" : "never");
       if (scheme != "always" && scheme != "first" && scheme != "never") throw unsupported("pre_tokenizer", "prepend_scheme always, first or never", *step);

@@ -22,7 +22,8 @@ inline Vocabulary read_tokenizer_llama2c(std::string_view bytes, std::string_vie
   std::size_t at = 0;
   const auto take = [&](std::size_t n) {
     if (n > bytes.size() - at)
-      throw Error(name, "piece " + std::to_string(v.pieces.size()), std::to_string(n) + " bytes", std::to_string(bytes.size() - at) + " (truncated or damaged)");
+      throw Error(name, "piece " + std::to_string(v.pieces.size()), std::to_string(n) + " bytes",
+                  std::to_string(bytes.size() - at) + " (truncated or damaged)");
     return bytes.substr(std::exchange(at, at + n), n);
   };
   const auto value = [&]<class T>(T& x) { std::memcpy(&x, take(sizeof x).data(), sizeof x); };
@@ -36,7 +37,8 @@ inline Vocabulary read_tokenizer_llama2c(std::string_view bytes, std::string_vie
     value(length);
     // the longest text is that of the learned pieces; <s> and </s> stand between line breaks here
     if (length < 1 || (id > 258 && length > longest))
-      throw Error(name, "piece " + std::to_string(id), "1 to " + std::to_string(longest) + " bytes", std::to_string(length) + ": not a tokenizer of llama2.c");
+      throw Error(name, "piece " + std::to_string(id),
+                  "1 to " + std::to_string(longest) + " bytes", std::to_string(length) + ": not a tokenizer of llama2.c");
     p.text = detail::with_space_symbols(take(static_cast<std::size_t>(length)));
     if (id < 3) p = {id == 0 ? "<unk>" : id == 1 ? "<s>" : "</s>", 0, id == 0 ? PieceType::unknown : PieceType::control};
     else if (id < 259 && detail::byte_of_piece(p.text) == static_cast<int>(id) - 3) p.type = PieceType::byte, v.byte_fallback = true;

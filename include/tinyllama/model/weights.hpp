@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "tinyllama/device/memory.hpp"
 #include "tinyllama/io/checkpoint.hpp"
 #include "tinyllama/model/memory_plan.hpp"
 
@@ -13,7 +14,9 @@ namespace tinyllama {
 
 /// How a checkpoint becomes a model.
 struct LoadOptions {
-  Compute compute = Compute::automatic;  ///< arithmetic of the matrix products
+  /// Arithmetic of the matrix products. `automatic` multiplies models narrower than 1024 in f32: they are small enough, and rounding their
+  /// activations to 8 bits shows (SmolLM2-135M in Q4_1 then loses its answers, under llama.cpp too).
+  Compute compute = Compute::automatic;
   Format cache = Format::f16;            ///< of keys and values: f32, f16 or bf16
   bool tokenizer = true;                 ///< load the checkpoint's tokenizer too
   std::function<void(std::size_t done, std::size_t total)> progress = {};  ///< bytes read
@@ -59,16 +62,17 @@ struct Weights {
     });
     w->memory = Memory<D>(dev, total);
     w->layers.resize(static_cast<std::size_t>(config.layers));
+    const Compute compute = options.compute == Compute::automatic && config.hidden < 1024 ? Compute::f32 : options.compute;
     std::byte* at = w->memory.data();
     std::size_t done = 0;
     for_each_parameter(config, [&](const Parameter& p) {
       const StoredTensor& t = file.tensor(p);
-      w->place(p, t, at, options.compute);
+      w->place(p, t, at, compute);
       at += stored_bytes(p, t.format, config.tied);
       file.release(t);
       if (options.progress) options.progress(done += t.bytes.size(), bytes);
     });
-    if (config.tied) w->head = Linear(w->embedding, options.compute);
+    if (config.tied) w->head = Linear(w->embedding, compute);
     const int hd = head_dim(config);
     for (int i = 0; i < hd / 2; ++i)
       w->frequencies.push_back(std::pow(static_cast<double>(config.rope_base), -2.0 * i / hd) / static_cast<double>(config.rope_scale));

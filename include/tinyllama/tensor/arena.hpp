@@ -36,7 +36,8 @@ class Arena {
     const auto shape = detail::fill_extents<E...>(dynamic...);
     const std::size_t bytes = rounded(detail::checked_bytes<T>(shape));
     if (bytes > capacity_ - used_)
-      throw Error("Arena", detail::shape_text(shape), std::to_string(bytes) + " bytes free", std::to_string(capacity_ - used_) + " of " + std::to_string(capacity_));
+      throw Error("Arena", detail::shape_text(shape), std::to_string(bytes) + " bytes free",
+                  std::to_string(capacity_ - used_) + " of " + std::to_string(capacity_));
     T* data = nullptr;
     if (buffer_) data = reinterpret_cast<T*>(buffer_ + used_);
     used_ += bytes;

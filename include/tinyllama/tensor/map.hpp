@@ -1,10 +1,9 @@
-// map: one lambda over any number of inputs, a vector of elements at a time; and what follows from it: cast, fill, copy.
+// map: one lambda over any number of inputs, a vector of elements at a time; and what follows from it: cast and fill.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <string>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -117,7 +116,8 @@ inline constexpr bool is_float_element = std::is_same_v<std::remove_const_t<T>, 
 
 template <std::size_t R>
 void check_same_shape(const char* operation, std::size_t operand, const std::array<index_t, R>& out, const std::array<index_t, R>& in) {
-  if (out != in) throw Error(operation, "input " + std::to_string(operand), "shape " + detail::shape_text(out) + " of the output", detail::shape_text(in));
+  if (out != in)
+    throw Error(operation, "input " + std::to_string(operand), "shape " + detail::shape_text(out) + " of the output", detail::shape_text(in));
 }
 
 template <std::size_t R>
@@ -125,7 +125,8 @@ void check_writable(const char* operation, const std::array<index_t, R>& shape, 
   for (index_t e : shape)
     if (e == 0) return;
   for (std::size_t k = 0; k < R; ++k)
-    if (shape[k] > 1 && strides[k] == 0) throw Error(operation, "output", "a place for each element", "a broadcast view, strides " + detail::shape_text(strides));
+    if (shape[k] > 1 && strides[k] == 0)
+      throw Error(operation, "output", "a place for each element", "a broadcast view, strides " + detail::shape_text(strides));
 }
 
 template <class A, class B>

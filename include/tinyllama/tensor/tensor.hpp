@@ -35,7 +35,8 @@ constexpr std::size_t checked_bytes(std::span<const index_t> shape) {
 /// The shape of static extents E with the dynamic ones filled in from left to right.
 template <index_t... E, class... I>
 constexpr std::array<index_t, sizeof...(E)> fill_extents(I... dynamic) {
-  static_assert(sizeof...(I) == ((E == dyn ? std::size_t{1} : 0u) + ... + std::size_t{0}), "give one number for each dynamic extent, and none for the static ones");
+  static_assert(sizeof...(I) == ((E == dyn ? std::size_t{1} : 0u) + ... + std::size_t{0}),
+                "give one number for each dynamic extent, and none for the static ones");
   static_assert((std::is_integral_v<I> && ...), "extents are integers");
   const std::array<index_t, sizeof...(I) + 1> given{static_cast<index_t>(dynamic)..., 0};
   std::array<index_t, sizeof...(E)> shape{E...};

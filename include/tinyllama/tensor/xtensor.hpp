@@ -76,7 +76,8 @@ V xtensor_view(X& x, bool rows_only) {
   }
   if constexpr (rank > 0)
     if (rows_only && strides[rank - 1] != 1 && shape[rank - 1] != 0)
-      throw Error("as_view", "elements", "contiguous rows: call copy_of first, or as_strided_view where the operation takes strides", "strides " + shape_text(strides));
+      throw Error("as_view", "elements", "contiguous rows: call copy_of first, or as_strided_view where the operation takes strides",
+                  "strides " + shape_text(strides));
   return {x.data() + x.data_offset(), shape, strides};
 }
 

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <string>
@@ -48,7 +49,8 @@ inline std::optional<std::string> bytes_of(std::string_view piece) {
 /// A merge as files write it, "a b": the one space parts the two.
 inline std::pair<std::string, std::string> split_merge(const std::string& merge, std::size_t number, std::string_view file) {
   const std::size_t space = merge.find(' ', 1);
-  if (space == std::string::npos || space + 1 == merge.size()) throw Error(file, "merge " + std::to_string(number), "two pieces parted by a space", "'" + merge + "'");
+  if (space == std::string::npos || space + 1 == merge.size())
+    throw Error(file, "merge " + std::to_string(number), "two pieces parted by a space", "'" + merge + "'");
   return {merge.substr(0, space), merge.substr(space + 1)};
 }
 

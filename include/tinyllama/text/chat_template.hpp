@@ -120,7 +120,8 @@ class ChatWriter {
 };
 
 inline void check_role(const Message& m) {
-  if (m.role != "system" && m.role != "user" && m.role != "assistant") throw Error("chat template", "role", "system, user or assistant", "'" + m.role + "'");
+  if (m.role != "system" && m.role != "user" && m.role != "assistant")
+    throw Error("chat template", "role", "system, user or assistant", "'" + m.role + "'");
 }
 
 }  // namespace detail

@@ -13,7 +13,8 @@ namespace tinyllama {
 class StreamDecoder {
  public:
   /// `special`: control pieces are shown.
-  explicit StreamDecoder(const Tokenizer& tokenizer, bool special = false) : tokenizer_(tokenizer), special_(special), step_(tokenizer.vocabulary(), special) {}
+  explicit StreamDecoder(const Tokenizer& tokenizer, bool special = false)
+      : tokenizer_(tokenizer), special_(special), step_(tokenizer.vocabulary(), special) {}
 
   /// The text that has become whole with this id, perhaps none. Throws Error for an id that is none.
   std::string push(std::int32_t id) {

@@ -122,8 +122,9 @@ void Int8Stream(const MatmulTask& t, const std::byte* panel, index_t row, index_
 }
 
 // Up to so many rows of X. With the dot product of one instruction, four rows at a time beat the detour below up to some 16 rows (Zen 4,
-// 320 against 220 GOP/s a core at 4 rows of q4_0); without it, unpacking is the smaller part.
-inline constexpr index_t stream_rows = TINYLLAMA_BF16_VNNI ? 16 : 1;
+// 320 against 220 GOP/s a core at 4 rows of q4_0); without it, unpacking is the smaller part. Narrow vectors take the
+// detour always, to compile faster.
+inline constexpr index_t stream_rows = TINYLLAMA_BF16_VNNI ? 16 : lanes >= 8 ? 1 : 0;
 
 template <Format F>
 void Int8StreamPanels(const MatmulTask& t, index_t first, index_t last) {
@@ -228,6 +229,33 @@ void Int8Rows(const MatmulTask& t, const Spread (&w)[int8_panels], index_t k0, i
   for (; i < t.m; ++i) Int8Tile<Halves, 1>(t, w, i, k0, columns, column);
 }
 
+void Int8Panels(const MatmulTask& t, const SpreadFormat& f, index_t first, index_t last) {
+  const index_t panel_bytes = t.k / f.columns * f.bytes;
+  Spread w[int8_panels] = {};
+  MatmulTask part = t;
+  part.n = t.n < last * panel_rows ? t.n : last * panel_rows;  // a tile that reaches beyond the last panel stores nothing there
+  for (index_t p = first; p < last; p += int8_panels)
+    for (index_t k0 = 0; k0 < t.k; k0 += chunk) {
+      const index_t kc = t.k - k0 < chunk ? t.k - k0 : chunk;
+      for (index_t i = 0; i < int8_panels && p + i < last; ++i) f.spread(t.w + (p + i) * panel_bytes + k0 / f.columns * f.bytes, kc, w[i]);
+      if (f.halves == 2) Int8Rows<2>(part, w, k0, kc, p * panel_rows);
+      else Int8Rows<1>(part, w, k0, kc, p * panel_rows);
+    }
+}
+
+void matmul_int8(const MatmulTask& t, index_t first, index_t last) {
+  visit(t.format, [&]<Format F>() {
+    if constexpr (is_quantised(F)) {
+      if constexpr (stream_rows > 0)
+        if (t.m <= stream_rows) return Int8StreamPanels<F>(t, first, last);
+      Int8Panels(t, spread_format<F>(), first, last);
+    }
+  });
+}
+
+#if !defined(TINYLLAMA_EXTRA_PASS)
+// ---- dequantised -------------------------------------------------------------------------------------------------------------------
+
 /// The codes as floats [columns][16], for products that must not round the activations.
 void Dequantise(const Spread& from, int halves, index_t columns, float* to) {
   const D d;
@@ -241,20 +269,6 @@ void Dequantise(const Spread& from, int halves, index_t columns, float* to) {
         const VI code = hn::And(hn::ShiftRightSame(four, 8 * i), hn::Set(di, 0xff));
         hn::Store(hn::MulAdd(scale, hn::ConvertTo(d, code), min), d, to + (4 * f + i) * panel_rows + s * lanes);
       }
-    }
-}
-
-void Int8Panels(const MatmulTask& t, const SpreadFormat& f, index_t first, index_t last) {
-  const index_t panel_bytes = t.k / f.columns * f.bytes;
-  Spread w[int8_panels] = {};
-  MatmulTask part = t;
-  part.n = t.n < last * panel_rows ? t.n : last * panel_rows;  // a tile that reaches beyond the last panel stores nothing there
-  for (index_t p = first; p < last; p += int8_panels)
-    for (index_t k0 = 0; k0 < t.k; k0 += chunk) {
-      const index_t kc = t.k - k0 < chunk ? t.k - k0 : chunk;
-      for (index_t i = 0; i < int8_panels && p + i < last; ++i) f.spread(t.w + (p + i) * panel_bytes + k0 / f.columns * f.bytes, kc, w[i]);
-      if (f.halves == 2) Int8Rows<2>(part, w, k0, kc, p * panel_rows);
-      else Int8Rows<1>(part, w, k0, kc, p * panel_rows);
     }
 }
 
@@ -277,12 +291,7 @@ void matmul_f32(const MatmulTask& t, index_t first, index_t last) {
   if (t.format == Format::bf16) return FloatPanels<bf16>(t, first, last);
   DequantisedPanels(t, visit(t.format, []<Format F>() { return spread_format<F>(); }), first, last);
 }
-
-void matmul_int8(const MatmulTask& t, index_t first, index_t last) {
-  visit(t.format, [&]<Format F>() {
-    if constexpr (is_quantised(F)) return t.m <= stream_rows ? Int8StreamPanels<F>(t, first, last) : Int8Panels(t, spread_format<F>(), first, last);
-  });
-}
+#endif
 
 }  // namespace
 }  // namespace TINYLLAMA_ISA

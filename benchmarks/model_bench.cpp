@@ -1,0 +1,97 @@
+// Prefill and decode of a whole model, beside the machine's limits measured in the same run.
+//   make_checkpoint --preset tinyllama_1b --out DIR_OR_GGUF ... ; model_bench --model=PATH [--model=PATH ...]
+#include <benchmark/benchmark.h>
+
+#include <tinyllama/tinyllama.hpp>
+
+#include <cstdio>
+#include <cstring>
+#include <memory>
+
+#include "limits.hpp"
+
+namespace tl = tinyllama;
+
+namespace {
+
+tl::bench::Limits limits;
+
+struct Loaded {
+  tl::Cpu dev;
+  tl::Checkpoint file;
+  tl::Model<tl::any_llama, tl::Cpu> model;
+  std::size_t read_bytes = 0;  // weights that a decoded token reads
+  explicit Loaded(const std::string& path)
+      : file(tl::open_checkpoint(path)), model(tl::load<tl::any_llama>(dev, file, {.tokenizer = false})) {
+    tl::for_each_parameter(file.config, [&](const tl::Parameter& p) {
+      if (p.role != tl::Role::embedding || file.config.tied) read_bytes += tl::stored_bytes(p, file.tensor(p).format, file.config.tied);
+    });
+  }
+};
+
+std::vector<std::int32_t> ids(tl::index_t n, int vocab) {
+  std::vector<std::int32_t> v;
+  for (tl::index_t i = 0; i < n; ++i) v.push_back(static_cast<std::int32_t>((i * 7919 + 13) % vocab));
+  return v;
+}
+
+void prefill(benchmark::State& state, Loaded& m, tl::index_t n) {
+  auto session = m.model.start();
+  const auto prompt = ids(n, m.file.config.vocab);
+  for (auto _ : state) {
+    session.truncate(0);
+    benchmark::DoNotOptimize(session.prefill(prompt).data());
+  }
+  state.counters["tokens/s"] = benchmark::Counter(static_cast<double>(n), benchmark::Counter::kIsIterationInvariantRate);
+  const double flops = static_cast<double>(n) * (2.0 * static_cast<double>(tl::matmul_parameter_count(m.file.config)) -
+                                                 2.0 * m.file.config.vocab * m.file.config.hidden +
+                                                 2.0 * m.file.config.layers * m.file.config.hidden * static_cast<double>(n)) +
+                       2.0 * m.file.config.vocab * m.file.config.hidden;
+  state.counters["GFLOP/s"] = benchmark::Counter(flops * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
+}
+
+void decode(benchmark::State& state, Loaded& m, tl::index_t position) {
+  auto session = m.model.start();
+  session.prefill(ids(position, m.file.config.vocab));
+  for (auto _ : state) {
+    session.truncate(position);
+    benchmark::DoNotOptimize(session.decode(7).data());
+  }
+  state.counters["tokens/s"] = benchmark::Counter(1, benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["share_of_read_bandwidth"] =
+      benchmark::Counter(static_cast<double>(m.read_bytes) * 1e-9 / (limits.read.best * 1e-9), benchmark::Counter::kIsIterationInvariantRate);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::vector<std::unique_ptr<Loaded>> models;
+  int kept = 1;
+  for (int i = 1; i < argc; ++i) {
+    if (std::strncmp(argv[i], "--model=", 8) != 0) {
+      argv[kept++] = argv[i];
+      continue;
+    }
+    const std::string path = argv[i] + 8, name = path.substr(path.find_last_of('/') + 1);
+    Loaded& m = *models.emplace_back(std::make_unique<Loaded>(path));
+    for (const tl::index_t n : {128, 512, 2048})
+      benchmark::RegisterBenchmark((name + "/prefill/" + std::to_string(n)).c_str(), [&m, n](benchmark::State& s) { prefill(s, m, n); })
+          ->Unit(benchmark::kMillisecond)->UseRealTime();
+    for (const tl::index_t n : {16, 1024})
+      benchmark::RegisterBenchmark((name + "/decode/" + std::to_string(n)).c_str(), [&m, n](benchmark::State& s) { decode(s, m, n); })
+          ->Unit(benchmark::kMillisecond)->UseRealTime();
+  }
+  argc = kept;
+  benchmark::Initialize(&argc, argv);
+  if (models.empty()) {
+    std::fprintf(stderr, "usage: model_bench --model=PATH [--model=PATH ...] [--benchmark_...]\n");
+    return 2;
+  }
+  {
+    tl::Cpu dev;
+    limits = tl::bench::measure_limits(dev);
+  }
+  std::printf("limits: read %.1f GB/s (median %.1f), f32 %.0f, bf16 %.0f, int8 %.0f G/s\n", limits.read.best * 1e-9, limits.read.median * 1e-9,
+              limits.f32_fma.best * 1e-9, limits.bf16_dot.best * 1e-9, limits.int8_dot.best * 1e-9);
+  benchmark::RunSpecifiedBenchmarks();
+}
