@@ -43,6 +43,19 @@ TEST_CASE("what a job wrote is seen by the caller, over many small jobs") {
   for (index_t i = 0; i < 64; ++i) REQUIRE(x[static_cast<std::size_t>(i)] == 20000 * i);
 }
 
+TEST_CASE("run returns when the last index is done, not when it is taken") {
+  ThreadPool pool(4);
+  for (int job = 0; job < 300; ++job) {
+    std::vector<int> x(4);
+    pool.run(4, [&](index_t i) {
+      const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(20);
+      while (std::chrono::steady_clock::now() < end) std::this_thread::yield();
+      x[static_cast<std::size_t>(i)] = 1;
+    });
+    REQUIRE(x == std::vector<int>(4, 1));
+  }
+}
+
 TEST_CASE("workers that went to sleep wake up") {
   ThreadPool pool(2);
   for (int round = 0; round < 5; ++round) {

@@ -93,13 +93,17 @@ TEST_CASE("the encoders without a search write the reference's bytes") {
 
 TEST_CASE("the K encoders lose no more than llama.cpp's, on weights of all kinds") {
   const auto weights = read_floats("weights.f32");
+  const auto part = [](const std::vector<float>& x, std::ptrdiff_t first, std::ptrdiff_t last) { return std::vector<float>(x.begin() + first, x.begin() + last); };
   for (Format f : {Format::q4_K, Format::q5_K, Format::q6_K}) {
-    const auto ours = decode(f, encode(f, weights)), theirs = decode(f, read(std::string(tl::name(f)) + ".encoded"));
-    // Whole file, then the Gaussian part alone (from block 10 on).
     CAPTURE(tl::name(f));
-    CHECK(squared_error(ours, weights) <= 1.01 * squared_error(theirs, weights));
-    const auto tail = [](const std::vector<float>& x) { return std::vector<float>(x.begin() + 2560, x.end()); };
-    CHECK(squared_error(tail(ours), tail(weights)) <= 1.01 * squared_error(tail(theirs), tail(weights)));
+    const auto ours = decode(f, encode(f, weights)), theirs = decode(f, read(std::string(tl::name(f)) + ".encoded"));
+    const auto error = [&](const std::vector<float>& x, std::ptrdiff_t first, std::ptrdiff_t last) {
+      return squared_error(part(x, first, last), part(weights, first, last));
+    };
+    // Ten blocks of ten kinds (see make_fixtures.py): single blocks differ by a few percent either way.
+    for (std::ptrdiff_t k = 0; k < 2560; k += 256) CHECK(error(ours, k, k + 256) <= 1.03 * error(theirs, k, k + 256) + 1e-12);
+    // Thirty blocks of Gaussian weights.
+    CHECK(error(ours, 2560, 10240) <= error(theirs, 2560, 10240));
   }
 }
 

@@ -174,6 +174,7 @@ class Cpu {
   }
   static constexpr index_t split_tokens = 4;      // fewer new tokens than this are decoding: their attention is split over the length
   static constexpr index_t split_positions = 256; // positions of a part; fixed, so that results do not depend on the number of threads
+  static_assert(split_positions % page_tokens == 0);
   static constexpr std::size_t attention_scratch(const CacheShape& shape, index_t heads, index_t rows_of_split_sequences, index_t longest) {
     const index_t parts = (longest + split_positions - 1) / split_positions;
     return static_cast<std::size_t>(rows_of_split_sequences * heads * parts * (head_stride(shape.head_dim) + 2)) * sizeof(float) + 64;
@@ -362,36 +363,54 @@ inline void Cpu::attention(View<float, dyn, dyn> out, View<const float, dyn, dyn
     });
   }
   if (split_rows == 0) return;
-  // Decoding: few queries and many keys, so the keys are split.
+  // Decoding: few queries and many keys, so the keys are split; one fork for all parts of all sequences.
+  struct Split {
+    index_t length, parts, r_kv, r_all;  // rows of one KV head and of all
+    float *o, *max, *sum;
+  };
   auto* memory = reinterpret_cast<float*>(scratch(attention_scratch(shape, heads, split_rows, longest)));
-  const index_t parts_most = (longest + split_positions - 1) / split_positions;
-  index_t row0 = 0;  // rows of split sequences before this one
-  for (const Sequence& s : batch) {
-    if (!(s.tokens < split_tokens || group > most_rows)) continue;
-    const index_t length = s.position + s.tokens, parts = (length + split_positions - 1) / split_positions, r_kv = s.tokens * group, r_all = s.tokens * heads;
-    float* o = memory + row0 * heads * parts_most * (stride + 2);
-    float *max = o + r_all * parts * stride, *sum = max + r_all * parts;
-    const auto part = [&](index_t unit) {
-      const index_t h = unit % shape.kv_heads, p = unit / shape.kv_heads;
+  const auto split_of = [&](const Sequence& s, float* at) {
+    const index_t length = s.position + s.tokens, parts = (length + split_positions - 1) / split_positions, r_all = s.tokens * heads;
+    return Split{length, parts, s.tokens * group, r_all, at, at + r_all * parts * stride, at + r_all * parts * (stride + 1)};
+  };
+  // f(sequence, its split) for each sequence that is split.
+  const auto for_each_split = [&](auto&& f) {
+    float* at = memory;
+    for (const Sequence& s : batch)
+      if (s.tokens < split_tokens || group > most_rows) {
+        const Split split = split_of(s, at);
+        at += split.r_all * split.parts * (stride + 2);
+        f(s, split);
+      }
+  };
+  index_t units = 0, keys = 0;
+  for_each_split([&](const Sequence&, const Split& split) { units += split.parts * shape.kv_heads, keys += split.length; });
+  const auto run = [&](index_t unit) {
+    for_each_split([&](const Sequence& s, const Split& split) {
+      const index_t here = unit;
+      unit -= split.parts * shape.kv_heads;
+      if (here < 0 || unit >= 0) return;
+      const index_t h = here % shape.kv_heads, p = here / shape.kv_heads, r = p * split.r_all + h * split.r_kv;
       AttentionTask t = task_for(s, h, 0, s.tokens);
       t.begin = p * split_positions, t.end = std::min(t.end, t.begin + split_positions);
-      const index_t r = p * r_all + h * r_kv;
-      t.o = o + r * stride, t.max = max + r, t.sum = sum + r;
+      t.o = split.o + r * stride, t.max = split.max + r, t.sum = split.sum + r;
       kernels_->attention(t);
-    };
-    if (parts == 1 && length * heads * hd < 65536) {
-      for (index_t unit = 0; unit < shape.kv_heads; ++unit) part(unit);
-    } else {
-      pool_->run(parts * shape.kv_heads, part);
-    }
-    for (index_t h = 0; h < shape.kv_heads; ++h)
-      for (index_t r = 0; r < r_kv; ++r) {
-        // A row that ends before the last part sees nothing there: its maximum is -infinity and its share 0.
-        const index_t at_row = h * r_kv + r;
-        finish(at(out, s.first_row + r / group) + (h * group + r % group) * hd, o + at_row * stride, max + at_row, sum + at_row, parts, r_all * stride, r_all);
-      }
-    row0 += s.tokens;
+    });
+  };
+  if (keys * heads * hd < 65536) {
+    for (index_t unit = 0; unit < units; ++unit) run(unit);
+  } else {
+    pool_->run(units, run);
   }
+  for_each_split([&](const Sequence& s, const Split& split) {
+    for (index_t h = 0; h < shape.kv_heads; ++h)
+      for (index_t r = 0; r < split.r_kv; ++r) {
+        // A row that ends before the last part sees nothing there: its maximum is -infinity and its share 0.
+        const index_t i = h * split.r_kv + r;
+        finish(at(out, s.first_row + r / group) + (h * group + r % group) * hd, split.o + i * stride, split.max + i, split.sum + i, split.parts,
+               split.r_all * stride, split.r_all);
+      }
+  });
 }
 
 }  // namespace tinyllama

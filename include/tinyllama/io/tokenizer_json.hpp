@@ -235,7 +235,8 @@ class TokenizerJson {
     const std::string type = type_of(step);
     if (type == "ByteLevel") return;  // offsets only
     const auto single = step.find("single");
-    if (type != "TemplateProcessing" || single == step.end() || !single->is_array()) throw unsupported("post_processor", "ByteLevel or TemplateProcessing", step);
+    if (type != "TemplateProcessing" || single == step.end() || !single->is_array())
+      throw unsupported("post_processor", "ByteLevel or TemplateProcessing", step);
     bool text_seen = false;
     for (const json& item : *single) {
       if (item.is_object() && item.contains("Sequence")) {

@@ -126,7 +126,8 @@ inline Vocabulary read_tokenizer_model(std::string_view bytes, std::string_view 
     Reader r(message, name, std::string(which));
     while (const auto f = r.next()) {
       if (f->number == 2 && !r.bytes(*f).empty())
-        throw Error(name, which, "the identity", "a character map of " + std::to_string(f->bytes.size()) + " bytes (nmt_nfkc and the like are not supported)");
+        throw Error(name, which, "the identity",
+                    "a character map of " + std::to_string(f->bytes.size()) + " bytes (nmt_nfkc and the like are not supported)");
       if (f->number == 3) prefix = r.boolean(*f);
       if (f->number == 4) extra_spaces = r.boolean(*f);
       if (f->number == 5) escape = r.boolean(*f);
