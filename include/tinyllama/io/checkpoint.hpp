@@ -55,7 +55,8 @@ class Checkpoint {
   }
 
   /// Gives the tensor's pages back to the system, for a loader that has copied them; they are read again when touched.
-  void release(const StoredTensor& t) const;
+  void release(const StoredTensor& t) const { release(t.bytes); }
+  void release(std::span<const std::byte> bytes) const;  // a part of one
 
   /// The GGUF file, where this is one: its metadata holds the tokenizer.
   const Gguf* gguf() const;

@@ -29,8 +29,8 @@ struct Checkpoint::Files {
   }
 };
 
-TINYLLAMA_COMPILED void Checkpoint::release(const StoredTensor& t) const {
-  for (const MappedFile* f : files_->mappings()) f->release(t.bytes);
+TINYLLAMA_COMPILED void Checkpoint::release(std::span<const std::byte> bytes) const {
+  for (const MappedFile* f : files_->mappings()) f->release(bytes);
 }
 
 TINYLLAMA_COMPILED const Gguf* Checkpoint::gguf() const { return files_->gguf ? &*files_->gguf : nullptr; }

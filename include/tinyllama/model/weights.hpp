@@ -1,7 +1,9 @@
 // A model's weights on a device: one block of memory, matrices packed, QKV one matrix and gate and up one.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -46,7 +48,7 @@ struct Weights {
   std::vector<double> frequencies;   // [head_dim / 2]: base^(-2 i / head_dim) / scale
   Memory<D> memory;
 
-  /// Reads every tensor of `file`, packs it and gives its pages back, so that the peak is this model and one tensor.
+  /// Reads every tensor of `file` in slices, packs each and gives its pages back, so that the peak is this model and one slice.
   static std::shared_ptr<const Weights> from(D& dev, const C& config, const Checkpoint& file, const LoadOptions& options) {
     auto w = std::make_shared<Weights>();
     w->config = config, w->device = &dev, w->rope = file.rope;
@@ -67,9 +69,8 @@ struct Weights {
     std::size_t done = 0;
     for_each_parameter(config, [&](const Parameter& p) {
       const StoredTensor& t = file.tensor(p);
-      w->place(p, t, at, compute);
+      w->place(p, t, at, compute, file);
       at += stored_bytes(p, t.format, config.tied);
-      file.release(t);
       if (options.progress) options.progress(done += t.bytes.size(), bytes);
     });
     if (config.tied) w->head = Linear(w->embedding, compute);
@@ -80,28 +81,31 @@ struct Weights {
   }
 
  private:
-  void place(const Parameter& p, const StoredTensor& t, std::byte* at, Compute compute) {
-    const Matrix stored{t.format, false, t.rows, t.columns, t.bytes.data()};
+  static constexpr std::size_t slice_bytes = std::size_t{8} << 20;
+
+  void place(const Parameter& p, const StoredTensor& t, std::byte* at, Compute compute, const Checkpoint& file) {
     if (p.role == Role::gain) {
       auto* gain = reinterpret_cast<float*>(at);
       decode_row(t.format, t.bytes.data(), gain, t.columns);
       (p.slot == Slot::final_norm ? final_norm : p.slot == Slot::attn_norm ? layer(p).attn_norm : layer(p).ffn_norm) = gain;
       return;
     }
-    if (p.role == Role::embedding && !config.tied) {
-      // Looked up and never multiplied with: rows, as in the file.
-      std::memcpy(at, t.bytes.data(), t.bytes.size());
-      embedding = stored;
-      embedding.data = at;
-      return;
+    // An untied embedding is looked up and never multiplied with: rows, as in the file.
+    Matrix m{t.format, p.role != Role::embedding || config.tied, t.rows, t.columns, at};
+    const std::size_t row = row_bytes(t.format, t.columns);
+    const index_t rows = std::max<index_t>(1, static_cast<index_t>(slice_bytes / row) / panel_rows) * panel_rows;  // whole panels
+    for (index_t r = 0; r < t.rows; r += rows) {
+      const auto part = t.bytes.subspan(static_cast<std::size_t>(r) * row, static_cast<std::size_t>(std::min(rows, t.rows - r)) * row);
+      if (m.packed) device->pack(at + packed_bytes(t.format, r, t.columns), {t.format, false, std::min(rows, t.rows - r), t.columns, part.data()});
+      else std::memcpy(at + static_cast<std::size_t>(r) * row, part.data(), part.size());
+      file.release(part);
     }
-    const Matrix packed = device->pack(at, stored);
     if (p.role == Role::embedding) {
-      embedding = packed;
+      embedding = m;
       return;
     }
     const auto add = [&](Linear& to) {
-      to.part[static_cast<std::size_t>(to.parts++)] = packed;
+      to.part[static_cast<std::size_t>(to.parts++)] = m;
       to.compute = compute;
     };
     switch (p.slot) {
