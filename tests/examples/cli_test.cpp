@@ -218,3 +218,21 @@ TEST_CASE("inspect and quantize: a checkpoint in another format says so and stil
   CHECK(json::parse(text.out)["text"].get<std::string>().starts_with(", there was a little girl named Lily"));
   CHECK(run("quantize", {"--model", *model, "--out", folder / "x.gguf", "--format", "q9_9"}).status == 2);
 }
+
+TEST_CASE("generate: TinyLlama's full geometry runs in the memory that was planned") {
+  const TempFolder folder;
+  for (const auto& [name, format] : {std::pair{"mixed.gguf", "q4_K_M"}, std::pair{"bf16", "bf16"}}) {
+    CAPTURE(format);
+    const std::string path = (folder / name).string();
+    const Result made = run("make_checkpoint", {"--preset", "tinyllama_1b", "--out", path, "--format", format});
+    REQUIRE_MESSAGE(made.status == 0, made.err);
+    const Result r = run("generate", {"--model", path, "--prompt", "hello", "--max-tokens", "32", "--temperature", "0", "--ignore-eos", "--json"});
+    REQUIRE_MESSAGE(r.status == 0, r.err);
+    const json j = json::parse(r.out);
+    CHECK(j.at("tokens") == 32);
+    const double ratio = j.at("peak_bytes").get<double>() / j.at("planned_bytes").get<double>();
+    CHECK(ratio > 0.95);
+    CHECK(ratio < 1.05);
+    fs::remove_all(path);
+  }
+}
