@@ -58,7 +58,8 @@ void check_matmul(Matmul kernel, Matmul reference, const TestMatrix& w, const Ac
     const auto row = w.row(j);
     for (index_t i = 0; i < a.m; ++i) bound[static_cast<std::size_t>(i * ldy + j)] = sum_bound * magnitude(w.format, row.data(), a.x.data() + i * a.ldx, w.k);
   }
-  for (const auto& [first, last] : {std::pair{index_t{0}, panels}, std::pair{index_t{1}, panels}, std::pair{index_t{0}, panels - 1}, std::pair{panels, panels}}) {
+  for (const auto& range : {std::pair{index_t{0}, panels}, std::pair{index_t{1}, panels}, std::pair{index_t{0}, panels - 1}, std::pair{panels, panels}}) {
+    const index_t first = range.first, last = range.second;  // clang 14 captures no structured binding
     if (first > last) continue;
     CAPTURE(first);
     CAPTURE(last);
