@@ -15,7 +15,7 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_L
 endif()
 
 # A user's program compiles these sources itself; ours are some 30, so here they are a library.
-add_library(tinyllama_own STATIC)
+add_library(tinyllama_own STATIC EXCLUDE_FROM_ALL)
 foreach(source IN LISTS tinyllama_sources)
   target_sources(tinyllama_own PRIVATE ${PROJECT_SOURCE_DIR}/include/tinyllama/${source})
 endforeach()

@@ -72,7 +72,7 @@ HWY_INLINE V Widen(D d, const bf16* p) {
 HWY_INLINE VI DotU8S8(VI acc, VU codes, std::uint32_t four_activations) {
 #if TINYLLAMA_BF16_VNNI
   return VI{_mm512_dpbusd_epi32(acc.raw, codes.raw, _mm512_set1_epi32(static_cast<int>(four_activations)))};
-#elif HWY_ARCH_X86 && HWY_TARGET != HWY_SCALAR
+#elif HWY_ARCH_X86 && HWY_TARGET <= HWY_SSSE3  // elsewhere the sum goes to other lanes
   const DI di;
   // Even and odd bytes as 16-bit lanes: products fit, and madd adds the pairs of each 32-bit lane.
   const hn::Repartition<std::uint16_t, D> du16;
