@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "tinyllama/config/config.hpp"
 #include "tinyllama/io/file.hpp"
 #include "tinyllama/io/gguf.hpp"
 #include "tinyllama/text/vocabulary.hpp"
