@@ -36,6 +36,8 @@ inline constexpr int tries = 9;
 template <class F>
 Limit rate(ThreadPool& pool, double work, F&& f) {
   std::vector<double> rates;
+  // Unmeasured at first: threads wake, spread over the cores, and clocks settle.
+  for (const double start = now(); now() - start < 0.1;) pool.run(pool.size(), f);
   for (int i = 0; i < tries; ++i) {
     const double start = now();
     pool.run(pool.size(), f);

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <limits>
 
+#include <hwy/cache_control.h>
+
 TINYLLAMA_BEFORE_NAMESPACE();
 namespace tinyllama {
 namespace TINYLLAMA_ISA {
@@ -14,9 +16,17 @@ namespace {
 inline constexpr int attention_rows = lanes >= 16 ? 8 : lanes >= 8 ? 4 : 2;
 inline constexpr int attention_vectors = lanes >= 4 ? 2 : 1;
 
+/// Asks for the next page's counterpart of attention_vectors vectors. Pages lie far apart, so that the hardware foresees nothing; asking for it
+/// bit by bit made decoding from memory 1.2 to 1.5 times as fast in f16 (Zen 4), asking for the page at once 1.1 times.
+template <class E>
+HWY_INLINE void PrefetchVectors(const E* p) {
+  constexpr index_t line = 64 / static_cast<index_t>(sizeof(E));
+  for (index_t i = 0; i < attention_vectors * lanes; i += line) hwy::Prefetch(p + i);
+}
+
 // s [R, 64] = q [R, hd] K^T: K lies transposed, so that a lane is a position.
 template <class E, int R>
-HWY_INLINE void Scores(const float* const (&q)[R], const E* k, index_t head_dim, V scale, float (&s)[R][page_tokens]) {
+HWY_INLINE void Scores(const float* const (&q)[R], const E* k, const E* next, index_t head_dim, V scale, float (&s)[R][page_tokens]) {
   const D d;
   constexpr index_t step = attention_vectors * lanes;
   for (index_t p = 0; p < page_tokens; p += step) {
@@ -24,6 +34,7 @@ HWY_INLINE void Scores(const float* const (&q)[R], const E* k, index_t head_dim,
     TINYLLAMA_UNROLL for (int r = 0; r < R; ++r)
       TINYLLAMA_UNROLL for (int j = 0; j < attention_vectors; ++j) acc[r][j] = hn::Zero(d);
     for (index_t i = 0; i < head_dim; ++i) {
+      PrefetchVectors(next + i * page_tokens + p);
       V kv[attention_vectors];
       TINYLLAMA_UNROLL for (int j = 0; j < attention_vectors; ++j) kv[j] = Widen(d, k + i * page_tokens + p + j * lanes);
       TINYLLAMA_UNROLL for (int r = 0; r < R; ++r) {
@@ -38,14 +49,15 @@ HWY_INLINE void Scores(const float* const (&q)[R], const E* k, index_t head_dim,
 
 // o [R, stride] = factor o + e [R, positions] V: a lane is a column of V.
 template <class E, int R, int NV>
-HWY_INLINE void Weighted(const float (&e)[R][page_tokens], const E* v, index_t stride, index_t column, index_t positions, const float (&factor)[R],
-                         float* const (&o)[R]) {
+HWY_INLINE void Weighted(const float (&e)[R][page_tokens], const E* v, const E* next, index_t stride, index_t column, index_t positions,
+                         const float (&factor)[R], float* const (&o)[R]) {
   const D d;
   V acc[R][NV];
   TINYLLAMA_UNROLL for (int r = 0; r < R; ++r)
     TINYLLAMA_UNROLL for (int j = 0; j < NV; ++j)
       acc[r][j] = hn::Mul(hn::Set(d, factor[r]), hn::LoadU(d, o[r] + column + j * lanes));
   for (index_t p = 0; p < positions; ++p) {
+    PrefetchVectors(next + p * stride + column);
     V vv[NV];
     TINYLLAMA_UNROLL for (int j = 0; j < NV; ++j) vv[j] = Widen(d, v + p * stride + column + j * lanes);
     TINYLLAMA_UNROLL for (int r = 0; r < R; ++r) {
@@ -75,7 +87,9 @@ void AttendPage(const AttentionTask& t, index_t row, index_t count, index_t page
   }
   if (most == 0) return;
   alignas(64) float s[R][page_tokens];
-  Scores<E, R>(q, reinterpret_cast<const E*>(t.pages[page] + t.k_offset), t.head_dim, hn::Set(d, t.scale), s);
+  const std::byte* next = t.pages[row == 0 && (page + 1) * page_tokens < t.end ? page + 1 : page];
+  Scores<E, R>(q, reinterpret_cast<const E*>(t.pages[page] + t.k_offset), reinterpret_cast<const E*>(next + t.k_offset), t.head_dim,
+               hn::Set(d, t.scale), s);
   float factor[R];
   const V lowest = hn::Set(d, -std::numeric_limits<float>::infinity());
   for (int r = 0; r < R; ++r) {
@@ -109,11 +123,11 @@ void AttendPage(const AttentionTask& t, index_t row, index_t count, index_t page
     t.sum[row + r] = t.sum[row + r] * factor[r] + hn::GetLane(hn::SumOfLanes(d, sum));
     t.max[row + r] = max;
   }
-  const E* v = reinterpret_cast<const E*>(t.pages[page] + t.v_offset);
+  const E *v = reinterpret_cast<const E*>(t.pages[page] + t.v_offset), *next_v = reinterpret_cast<const E*>(next + t.v_offset);
   index_t column = 0;
   for (; column + attention_vectors * lanes <= stride; column += attention_vectors * lanes)
-    Weighted<E, R, attention_vectors>(s, v, stride, column, most, factor, o);
-  for (; column < stride; column += lanes) Weighted<E, R, 1>(s, v, stride, column, most, factor, o);
+    Weighted<E, R, attention_vectors>(s, v, next_v, stride, column, most, factor, o);
+  for (; column < stride; column += lanes) Weighted<E, R, 1>(s, v, next_v, stride, column, most, factor, o);
 }
 
 template <class E>
