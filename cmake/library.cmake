@@ -1,4 +1,4 @@
-# The library's two targets. Both are INTERFACE: headers, and for run-time dispatch two sources that each program compiles once.
+# The library's targets, all INTERFACE: headers, and for run-time dispatch a few sources that each program compiles once.
 include(GNUInstallDirs)
 
 # tinyllama::headers: the kernels are compiled for the instruction set of the unit's own -m flags; nothing to link but threads.
@@ -22,11 +22,23 @@ set_target_properties(tinyllama_tinyllama PROPERTIES EXPORT_NAME tinyllama)
 target_link_libraries(tinyllama_tinyllama INTERFACE tinyllama_headers)
 target_compile_definitions(tinyllama_tinyllama INTERFACE TINYLLAMA_DISPATCH)
 target_link_libraries(tinyllama_tinyllama INTERFACE hwy::hwy)
+
+# tinyllama::training: the same, with training's kernels, a source of its own that programs which only generate do not compile.
+add_library(tinyllama_training INTERFACE)
+add_library(tinyllama::training ALIAS tinyllama_training)
+set_target_properties(tinyllama_training PROPERTIES EXPORT_NAME training)
+target_link_libraries(tinyllama_training INTERFACE tinyllama_tinyllama)
+
+function(tinyllama_interface_sources target)
+  foreach(source IN LISTS ARGN)
+    target_sources(${target} INTERFACE
+      $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include/tinyllama/${source}>
+      $<INSTALL_INTERFACE:$<INSTALL_PREFIX>/${CMAKE_INSTALL_INCLUDEDIR}/tinyllama/${source}>)
+  endforeach()
+endfunction()
 set(tinyllama_sources kernels/cpu/dispatch.cpp io/compiled.cpp)
-foreach(source IN LISTS tinyllama_sources)
-  target_sources(tinyllama_tinyllama INTERFACE
-    $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include/tinyllama/${source}>
-    $<INSTALL_INTERFACE:$<INSTALL_PREFIX>/${CMAKE_INSTALL_INCLUDEDIR}/tinyllama/${source}>)
-endforeach()
+set(tinyllama_training_sources kernels/cpu/training_dispatch.cpp)
+tinyllama_interface_sources(tinyllama_tinyllama ${tinyllama_sources})
+tinyllama_interface_sources(tinyllama_training ${tinyllama_training_sources})
 
 # CUDA's place: tinyllama::cuda = headers + the CUDA runtime, behind an option TINYLLAMA_CUDA.

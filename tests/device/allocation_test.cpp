@@ -58,7 +58,8 @@ extern "C" void* aligned_alloc(std::size_t align, std::size_t bytes) noexcept { 
 
 TEST_CASE("the counter sees operator new and the device's memory") {
   Cpu dev({.threads = 1});
-  CHECK(count([] { delete new int(1); }) == 1);
+  // Called by name: a compiler may leave out a pair of new and delete expressions, and clang does.
+  CHECK(count([] { ::operator delete(::operator new(4)); }) == 1);
   CHECK(count([&] { dev.deallocate(dev.allocate(1000)); }) == 1);
   CHECK(count([&] { dev.reserve_scratch(1 << 20); }) == 1);
 }

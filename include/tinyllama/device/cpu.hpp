@@ -66,6 +66,26 @@ class Cpu {
     pool_->run((n + grain - 1) / grain, [&](index_t i) { f(i * grain, std::min(n, (i + 1) * grain)); });
   }
 
+  /// f(i, worker) for each i in [0, n), worker in [0, threads()): no two at once have the same worker, so that each may have scratch of its own.
+  template <class F>
+  void parallel_units(index_t n, F&& f) const {
+    std::atomic<index_t> next{0};
+    pool_->run(std::min<index_t>(n, threads()), [&](index_t worker) {
+      for (index_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i, worker);
+    });
+  }
+
+  /// At least `bytes` of 64-byte aligned memory that an operation may use until it returns; grows on demand.
+  std::byte* scratch(std::size_t bytes) {
+    if (bytes > scratch_bytes_) {
+      deallocate(std::exchange(scratch_, nullptr));
+      scratch_bytes_ = 0;
+      scratch_ = allocate(bytes);
+      scratch_bytes_ = bytes;
+    }
+    return scratch_;
+  }
+
   // ---- the operations of the concept Device -----------------------------------------------------------------------------------------
 
   /// out [T, hidden] = rows `ids` of the table [vocab, hidden].
@@ -202,16 +222,6 @@ class Cpu {
     });
   }
 
-  std::byte* scratch(std::size_t bytes) {
-    if (bytes > scratch_bytes_) {
-      deallocate(std::exchange(scratch_, nullptr));
-      scratch_bytes_ = 0;
-      scratch_ = allocate(bytes);
-      scratch_bytes_ = bytes;
-    }
-    return scratch_;
-  }
-
   const Kernels* kernels_;
   std::unique_ptr<ThreadPool> pool_;
   std::byte* scratch_ = nullptr;
@@ -313,10 +323,7 @@ inline void Cpu::matmul(View<float, dyn, dyn> y, View<const float, dyn, dyn> x, 
   } else if (panels_bytes == 0) {
     pool_->run(units, [&](index_t u) { run(u, nullptr); });
   } else {
-    std::atomic<index_t> next{0};  // of the units, so that a job of the pool is a thread with panels of its own
-    pool_->run(threads(), [&](index_t thread) {
-      for (index_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < units;) run(u, panels + static_cast<std::size_t>(thread) * panels_bytes);
-    });
+    parallel_units(units, [&](index_t u, index_t worker) { run(u, panels + static_cast<std::size_t>(worker) * panels_bytes); });
   }
 }
 

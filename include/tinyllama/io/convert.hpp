@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -21,6 +23,22 @@
 
 namespace tinyllama {
 
+/// What can be converted: a Checkpoint, a lit checkpoint, or a model in memory. `tensor` throws Error where the parameter is missing.
+template <class S>
+concept ModelSource = requires(const S& from, const Parameter& p) {
+  { from.config } -> std::convertible_to<any_llama>;
+  { from.rope } -> std::convertible_to<RopeLayout>;                           // the order of the rows of Q and K
+  { from.tensor(p).row(index_t{}) } -> std::same_as<std::span<const std::byte>>;
+  { from.tensor(p).format } -> std::convertible_to<Format>;
+  { from.tensor(p).file } -> std::convertible_to<std::string>;                // file and name are for messages
+  { from.tensor(p).name } -> std::convertible_to<std::string>;
+  from.release(from.tensor(p));                                               // its rows were read
+  { from.path } -> std::convertible_to<std::string>;
+  { from.folder() } -> std::convertible_to<std::filesystem::path>;            // where tokenizer files lie
+  { from.gguf() } -> std::same_as<const Gguf*>;                               // whose metadata has the tokenizer, or null
+  { from.source } -> std::convertible_to<std::string_view>;
+};
+
 namespace detail {
 
 /// The row of a matrix in layout `from` that is row r in layout `to`, for heads of `dim` rows:
@@ -33,20 +51,28 @@ constexpr index_t permuted_row(index_t r, index_t dim, RopeLayout from, RopeLayo
 }
 
 /// Streams the rows of tensors; counts what it has written.
+template <ModelSource Source>
 class RowCopier {
  public:
-  RowCopier(const Checkpoint& from, std::uint64_t total, const Progress& progress) : from_(from), total_(total), progress_(progress) {}
+  RowCopier(const Source& from, std::uint64_t total, const Progress& progress) : from_(from), total_(total), progress_(progress) {}
 
   /// All rows of the parameter, in `format` and the row order of `rope`. Rows in the format they have already are copied bit by bit.
   void copy(const Parameter& p, Format format, RopeLayout rope, FileWriter& file) {
-    const StoredTensor& t = from_.tensor(p);
+    copy(p, 0, p.rows, format, rope, file);
+    from_.release(from_.tensor(p));
+  }
+
+  /// `rows` of them from row `first` on, into anything with write(bytes).
+  template <class Sink>
+  void copy(const Parameter& p, index_t first, index_t rows, Format format, RopeLayout rope, Sink& file) {
+    const auto& t = from_.tensor(p);
     const bool rotated = p.slot == Slot::q || p.slot == Slot::k;
     const std::size_t size = row_bytes(format, p.columns);
     if (const int block = info(format).block; p.columns % block)
       throw Error(t.file, t.name, "rows of a multiple of " + std::to_string(block) + " weights for " + std::string(name(format)), std::to_string(p.columns));
     floats_.resize(static_cast<std::size_t>(p.columns));
     row_.resize(size);
-    for (index_t r = 0; r < p.rows; ++r) {
+    for (index_t r = first; r < first + rows; ++r) {
       const auto source = t.row(rotated ? permuted_row(r, head_dim(from_.config), from_.rope, rope) : r);
       if (t.format == format) {
         file.write(source);
@@ -58,14 +84,13 @@ class RowCopier {
       done_ += size;
       if (progress_ && done_ - reported_ >= (std::uint64_t{4} << 20)) progress_(reported_ = done_, total_);
     }
-    from_.release(t);
   }
   void finish() {
     if (progress_) progress_(done_, total_);
   }
 
  private:
-  const Checkpoint& from_;
+  const Source& from_;
   std::uint64_t total_, done_ = 0, reported_ = 0;
   const Progress& progress_;
   std::vector<float> floats_;
@@ -82,15 +107,37 @@ inline std::vector<Parameter> parameters_of(const any_llama& c) {
 inline constexpr const char* companion_files[] = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                                                   "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"};
 
+/// Whether tokenizer files may lie beside the source: a GGUF file has its own, and a llama2.c .bin names no folder's.
+template <ModelSource Source>
+bool has_companions(const Source& from) {
+  return from.source != "gguf" && from.source != "llama2c" && !from.folder().empty();
+}
+
+/// Copies those companion files that are there.
+inline void copy_companions(const std::filesystem::path& from, const std::filesystem::path& to) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  if (fs::equivalent(from, to, error)) return;
+  for (const char* const name : companion_files)
+    if (fs::exists(from / name, error) && !fs::copy_file(from / name, to / name, fs::copy_options::overwrite_existing, error))
+      throw Error((to / name).string(), "", "a file that can be written", error.message());
+}
+
 /// BOS and EOS for a config.json, as the source says.
-inline void read_special_ids(const Checkpoint& from, ConfigJsonOptions& out) {
+template <ModelSource Source>
+void read_special_ids(const Source& from, ConfigJsonOptions& out) {
   const auto small = [](std::uint64_t v) { return static_cast<std::int32_t>(std::min<std::uint64_t>(v, 0x7fffffff)); };
   if (const Gguf* g = from.gguf()) {
     if (const auto id = g->get_uint("tokenizer.ggml.bos_token_id")) out.bos = small(*id);
     if (const auto id = g->get_uint("tokenizer.ggml.eos_token_id")) out.eos = small(*id);
-  } else if (from.source == "safetensors") {
-    const json j = read_json(from.folder() / "config.json");
-    const JsonObject o(j, "config.json");
+  } else if (has_companions(from)) {
+    const std::filesystem::path folder = from.folder();
+    std::error_code ignored;
+    const char* name = "config.json";
+    if (!std::filesystem::exists(folder / name, ignored)) name = "generation_config.json";  // lit's folders keep it
+    if (!std::filesystem::exists(folder / name, ignored)) return;
+    const json j = read_json(folder / name);
+    const JsonObject o(j, name);
     if (const json* v = o.find("bos_token_id"); v && v->is_number_unsigned()) out.bos = small(v->get<std::uint64_t>());
     if (const json* v = o.find("eos_token_id"); v && v->is_number_unsigned()) out.eos = small(v->get<std::uint64_t>());
   }
@@ -106,7 +153,8 @@ struct SaveSafetensorsOptions {
 
 /// Writes a folder in Hugging Face layout (RoPE layout `half`): config.json, model.safetensors or shards with an index, and
 /// the source's tokenizer files where it has such. Throws Error.
-inline void save_safetensors(const Checkpoint& from, const std::filesystem::path& folder, const SaveSafetensorsOptions& options = {}) {
+template <ModelSource Source>
+void save_safetensors(const Source& from, const std::filesystem::path& folder, const SaveSafetensorsOptions& options = {}) {
   namespace fs = std::filesystem;
   const std::string_view dtype = info(options.format).safetensors;
   if (dtype.empty()) throw Error(folder.string(), "format", "f32, f16 or bf16 for safetensors", std::string(name(options.format)));
@@ -129,7 +177,7 @@ inline void save_safetensors(const Checkpoint& from, const std::filesystem::path
 
   ConfigJsonOptions config{options.format == Format::f32 ? "float32" : options.format == Format::f16 ? "float16" : "bfloat16", 1, 2};
   detail::read_special_ids(from, config);
-  detail::RowCopier rows(from, total, options.progress);
+  detail::RowCopier<Source> rows(from, total, options.progress);
   detail::json index;
   index["metadata"]["total_size"] = total;
   const auto number = [](std::size_t n) { return std::string(5 - std::min<std::size_t>(5, std::to_string(n).size()), '0') + std::to_string(n); };
@@ -147,10 +195,7 @@ inline void save_safetensors(const Checkpoint& from, const std::filesystem::path
   fs::remove(shards.size() > 1 ? folder / "model.safetensors" : index_path, error);  // of an earlier save, which readers would prefer or trip over
   write_file_atomically(folder / "config.json", [&](FileWriter& file) { file.write(config_json(from.config, config)); });
 
-  if (from.source == "safetensors" && !fs::equivalent(from.folder(), folder, error))
-    for (const char* const name : detail::companion_files)
-      if (fs::exists(from.folder() / name, error) && !fs::copy_file(from.folder() / name, folder / name, fs::copy_options::overwrite_existing, error))
-        throw Error((folder / name).string(), "", "a file that can be written", error.message());
+  if (detail::has_companions(from)) detail::copy_companions(from.folder(), folder);
   rows.finish();
 }
 
@@ -163,7 +208,8 @@ struct SaveGgufOptions {
 
 /// Writes one GGUF file (RoPE layout `interleaved`) that llama.cpp reads. A GGUF source's tokenizer is copied unless a
 /// vocabulary is given. Throws Error, also where the vocabulary has more pieces than the embedding has rows.
-inline void save_gguf(const Checkpoint& from, const std::filesystem::path& path, const SaveGgufOptions& options = {}) {
+template <ModelSource Source>
+void save_gguf(const Source& from, const std::filesystem::path& path, const SaveGgufOptions& options = {}) {
   GgufMetadata metadata;
   set_config(metadata, from.config);
   std::string title = options.name;
@@ -189,7 +235,7 @@ inline void save_gguf(const Checkpoint& from, const std::filesystem::path& path,
     plan.push_back({p.gguf_name(), storage_format(options.mixture, from.config, p), p.rows, p.columns, p.role == Role::gain});
     total += plan.back().bytes();
   }
-  detail::RowCopier rows(from, total, options.progress);
+  detail::RowCopier<Source> rows(from, total, options.progress);
   write_gguf(path, metadata, plan, [&](std::size_t i, FileWriter& file) { rows.copy(parameters[i], plan[i].format, RopeLayout::interleaved, file); });
   rows.finish();
 }

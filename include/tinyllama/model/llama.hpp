@@ -1,17 +1,12 @@
-// The architecture, written once: TinyLlama's forward pass over any Device (arXiv 2401.02385, section 2.2).
+// The forward pass of inference, over any Device: blocks (model/block.hpp) between an embedding and a head, attention over a cache.
 //
 // T tokens of a batch (of one or many sequences) go through together; only attention knows the sequences apart.
-//   x = E[ids]                                             embedding
-//   for each layer:
-//     x += Wo attention(rope(Wq n), rope(Wk n), Wv n),     n = rmsnorm(x)
-//     x += Wdown (silu(Wgate n) * Wup n),                  n = rmsnorm(x)
-//   logits = Whead rmsnorm(x)
+//   x = E[ids];  x = block(x) for each layer;  logits = Whead rmsnorm(x)
 #pragma once
 
-#include <cmath>
 #include <span>
 
-#include "tinyllama/device/operations.hpp"
+#include "tinyllama/model/block.hpp"
 #include "tinyllama/model/weights.hpp"
 #include "tinyllama/model/workspace.hpp"
 
@@ -30,18 +25,6 @@ template <class O>
 inline constexpr bool observes_hidden = requires(O& o, View<const float, dyn, dyn> x) { o.hidden(0, x); };
 template <class O>
 inline constexpr bool observes_attention = requires(O& o, const Sequence& s, View<const float, dyn, dyn, dyn> p) { o.attention(0, s, p); };
-
-/// cos and sin of position * frequency for each row, in double: f32 angles are off by 1e-4 at position 2000.
-template <Config C, Device D>
-void rope_angles(const Weights<C, D>& w, std::span<const Sequence> batch, View<float, dyn, dyn> cos, View<float, dyn, dyn> sin) {
-  for (const Sequence& s : batch)
-    for (index_t t = 0; t < s.tokens; ++t)
-      for (std::size_t i = 0; i < w.frequencies.size(); ++i) {
-        const double angle = static_cast<double>(s.position + t) * w.frequencies[i];
-        cos(s.first_row + t, i) = static_cast<float>(std::cos(angle));
-        sin(s.first_row + t, i) = static_cast<float>(std::sin(angle));
-      }
-}
 }  // namespace detail
 
 /// One step: `ids` [T] of all sequences of `batch`, one after the other, through the model; keys and values go into the sequences' pages,
@@ -57,41 +40,30 @@ void forward(const Weights<C, D>& w, std::span<const std::int32_t> ids, std::spa
   const index_t q_columns = c.hidden, kv_columns = static_cast<index_t>(c.kv_heads) * head_dim(c);
   work.prepare(dev, c, T, want == Logits::none ? 0 : want == Logits::last ? S : T);
 
-  const auto x = work.x(), n = work.normed(), y = work.projected(), attended = work.attended();  // [T, hidden]
-  const auto qkv = work.qkv();                                                                  // [T, (heads + 2 kv_heads) head_dim]
-  const View<float, dyn, X::q> q = columns(qkv, 0, q_columns);                                  // [T, heads head_dim]
-  const View<float, dyn, X::kv> k = columns(qkv, q_columns, q_columns + kv_columns);            // [T, kv_heads head_dim]
-  const View<float, dyn, X::kv> v = columns(qkv, q_columns + kv_columns, q_columns + 2 * kv_columns);
-  const auto gate_up = work.gate_up();                                                          // [T, 2 ffn]
-  const View<float, dyn, X::ffn> gate = columns(gate_up, 0, c.ffn), up = columns(gate_up, c.ffn, 2 * c.ffn);
+  const auto x = work.x(), n = work.normed(), y = work.projected();  // [T, hidden]
+  const BlockActivations<C> a{x, n, work.qkv(), work.attended(), y, n, work.gate_up(), work.gated(), x};
+  const RopeAngles angles{work.cos(), work.sin(), w.rope};
+  const View<float, dyn, X::kv> k = columns(a.qkv, q_columns, q_columns + kv_columns);  // [T, kv_heads head_dim]
+  const View<float, dyn, X::kv> v = columns(a.qkv, q_columns + kv_columns, q_columns + 2 * kv_columns);
+  const View<float, dyn, X::q> q = columns(a.qkv, 0, q_columns);                        // [T, heads head_dim]
 
-  detail::rope_angles(w, batch, work.cos(), work.sin());
+  detail::rope_angles(w.frequencies, batch, angles.cos, angles.sin);
   dev.embedding(x, w.embedding, ids);
   if constexpr (detail::observes_hidden<O>) observer.hidden(-1, x);
 
-  // Each block leaves what it adds to x in y; the next norm adds it on its way, which saves a pass over x.
   for (int l = 0; l < c.layers; ++l) {
     const LayerWeights& layer = w.layers[static_cast<std::size_t>(l)];
     if (l == 0 || detail::observes_hidden<O>) dev.rmsnorm(n, x, layer.attn_norm, c.norm_eps);
     else dev.add_rmsnorm(n, x, y, layer.attn_norm, c.norm_eps);
-
-    matmul(dev, qkv, n, layer.qkv);
-    rope(dev, q, work.cos(), work.sin(), w.rope);
-    rope(dev, k, work.cos(), work.sin(), w.rope);
-    dev.store_kv(k, v, w.cache, l, batch);
-    dev.attention(attended, q, w.cache, l, batch);
-    if constexpr (detail::observes_attention<O>)
-      for (const Sequence& s : batch) {
-        const auto p = dev.attention_probabilities(q, w.cache, l, s);  // owned, [heads, tokens, position + tokens]
-        observer.attention(l, s, View<const float, dyn, dyn, dyn>(p.data(), {c.heads, s.tokens, s.position + s.tokens}));
-      }
-    matmul(dev, y, attended, layer.o);
-
-    dev.add_rmsnorm(n, x, y, layer.ffn_norm, c.norm_eps);
-    matmul(dev, gate_up, n, layer.gate_up);
-    swiglu(dev, work.gated(), gate, up);
-    matmul(dev, y, work.gated(), layer.down);
-
+    block_forward(dev, c, layer, a, angles, [&](auto attended, auto) {
+      dev.store_kv(k, v, w.cache, l, batch);
+      dev.attention(attended, q, w.cache, l, batch);
+      if constexpr (detail::observes_attention<O>)
+        for (const Sequence& s : batch) {
+          const auto p = dev.attention_probabilities(q, w.cache, l, s);  // owned, [heads, tokens, position + tokens]
+          observer.attention(l, s, View<const float, dyn, dyn, dyn>(p.data(), {c.heads, s.tokens, s.position + s.tokens}));
+        }
+    });
     if constexpr (detail::observes_hidden<O>) {
       dev.add(x, y);
       observer.hidden(l, x);

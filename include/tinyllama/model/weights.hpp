@@ -10,6 +10,7 @@
 
 #include "tinyllama/device/memory.hpp"
 #include "tinyllama/io/checkpoint.hpp"
+#include "tinyllama/model/block.hpp"
 #include "tinyllama/model/memory_plan.hpp"
 
 namespace tinyllama {
@@ -24,15 +25,16 @@ struct LoadOptions {
   std::function<void(std::size_t done, std::size_t total)> progress = {};  ///< bytes read
 };
 
-/// Weights of one layer.
-struct LayerWeights {
-  const float* attn_norm = nullptr;  // [hidden]
-  Linear qkv;                        // [(heads + 2 kv_heads) head_dim, hidden]
-  Linear o;                          // [hidden, hidden]
-  const float* ffn_norm = nullptr;   // [hidden]
-  Linear gate_up;                    // [2 ffn, hidden]
-  Linear down;                       // [hidden, ffn]
-};
+using LayerWeights = Layer<Linear>;
+
+/// base^(-2 i / head_dim) / scale for each of the head_dim / 2 pairs.
+template <Config C>
+std::vector<double> rope_frequencies(const C& c) {
+  std::vector<double> f;
+  const int hd = head_dim(c);
+  for (int i = 0; i < hd / 2; ++i) f.push_back(std::pow(static_cast<double>(c.rope_base), -2.0 * i / hd) / static_cast<double>(c.rope_scale));
+  return f;
+}
 
 /// All weights, and what follows from them. Immutable once built; models share it.
 template <Config C, Device D>
@@ -45,11 +47,13 @@ struct Weights {
   std::vector<LayerWeights> layers;
   const float* final_norm = nullptr; // [hidden]
   Linear head;                       // [vocab, hidden]; the embedding where tied
-  std::vector<double> frequencies;   // [head_dim / 2]: base^(-2 i / head_dim) / scale
+  std::vector<double> frequencies;   // [head_dim / 2]
   Memory<D> memory;
 
-  /// Reads every tensor of `file` in slices, packs each and gives its pages back, so that the peak is this model and one slice.
-  static std::shared_ptr<const Weights> from(D& dev, const C& config, const Checkpoint& file, const LoadOptions& options) {
+  /// Reads every tensor of `file`, a Checkpoint or what looks like one (path, rope, tensor(), release()), in slices, packs each and gives its
+  /// pages back, so that the peak is this model and one slice.
+  template <class Source>
+  static std::shared_ptr<const Weights> from(D& dev, const C& config, const Source& file, const LoadOptions& options) {
     auto w = std::make_shared<Weights>();
     w->config = config, w->device = &dev, w->rope = file.rope;
     if (options.cache != Format::f32 && options.cache != Format::f16 && options.cache != Format::bf16)
@@ -59,7 +63,7 @@ struct Weights {
       throw Error(file.path, "head dimension", "at most " + std::to_string(max_head_stride), std::to_string(head_dim(config)));
     std::size_t total = 0, bytes = 0;
     for_each_parameter(config, [&](const Parameter& p) {
-      const StoredTensor& t = file.tensor(p);
+      const StoredTensor t = file.tensor(p);
       total += stored_bytes(p, t.format, config.tied), bytes += t.bytes.size();
     });
     w->memory = Memory<D>(dev, total);
@@ -68,22 +72,21 @@ struct Weights {
     std::byte* at = w->memory.data();
     std::size_t done = 0;
     for_each_parameter(config, [&](const Parameter& p) {
-      const StoredTensor& t = file.tensor(p);
+      const StoredTensor t = file.tensor(p);
       w->place(p, t, at, compute, file);
       at += stored_bytes(p, t.format, config.tied);
       if (options.progress) options.progress(done += t.bytes.size(), bytes);
     });
     if (config.tied) w->head = Linear(w->embedding, compute);
-    const int hd = head_dim(config);
-    for (int i = 0; i < hd / 2; ++i)
-      w->frequencies.push_back(std::pow(static_cast<double>(config.rope_base), -2.0 * i / hd) / static_cast<double>(config.rope_scale));
+    w->frequencies = rope_frequencies(config);
     return w;
   }
 
  private:
   static constexpr std::size_t slice_bytes = std::size_t{8} << 20;
 
-  void place(const Parameter& p, const StoredTensor& t, std::byte* at, Compute compute, const Checkpoint& file) {
+  template <class Source>
+  void place(const Parameter& p, const StoredTensor& t, std::byte* at, Compute compute, const Source& file) {
     if (p.role == Role::gain) {
       auto* gain = reinterpret_cast<float*>(at);
       decode_row(t.format, t.bytes.data(), gain, t.columns);

@@ -10,6 +10,7 @@
 #include "tinyllama/kernels/kernels.hpp"
 
 #undef TINYLLAMA_ISA
+#undef TINYLLAMA_ISA_NAME
 #undef TINYLLAMA_BF16_VNNI
 #undef TINYLLAMA_BEFORE_NAMESPACE
 #undef TINYLLAMA_UNROLL
@@ -17,11 +18,17 @@
 // Highway 1.0.3 has no target between AVX3 and Sapphire Rapids; Zen 4 and newer Xeons get a pass of their own over the AVX3 code. Names
 // differ, because inline functions of the same name built with different flags would be merged by the linker.
 #if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86 && (defined(TINYLLAMA_EXTRA_PASS) || (defined(__AVX512BF16__) && defined(__AVX512VNNI__)))
-#define TINYLLAMA_ISA HWY_CONCAT(HWY_NAMESPACE, _BF16)
+#define TINYLLAMA_ISA_NAME HWY_CONCAT(HWY_NAMESPACE, _BF16)
 #define TINYLLAMA_BF16_VNNI 1
 #else
-#define TINYLLAMA_ISA HWY_NAMESPACE
+#define TINYLLAMA_ISA_NAME HWY_NAMESPACE
 #define TINYLLAMA_BF16_VNNI 0
+#endif
+// The kernels of training are a second table, and under static dispatch in the same unit as the first.
+#if defined(TINYLLAMA_TRAINING_PASS)
+#define TINYLLAMA_ISA HWY_CONCAT(TINYLLAMA_ISA_NAME, _TRAINING)
+#else
+#define TINYLLAMA_ISA TINYLLAMA_ISA_NAME
 #endif
 
 #if defined(TINYLLAMA_EXTRA_PASS)

@@ -10,11 +10,6 @@ namespace tinyllama {
 namespace TINYLLAMA_ISA {
 namespace {
 
-// Rows of X and panels of W held in registers: 8 x 3 x 16 lanes of f32 with 32 registers, 6 x 16 with 16.
-inline constexpr int tile_rows = lanes == 16 ? 8 : lanes == 8 ? 6 : 4;
-inline constexpr int tile_panels = lanes == 16 ? 3 : 1;
-inline constexpr index_t tile_k = 1024;  // columns at a time: 3 panels of f32 are 192 KB, within a core's L2
-
 /// Two columns of a panel, widened: columns 2 kp and 2 kp + 1 of rows [s lanes, (s + 1) lanes).
 HWY_INLINE void LoadPair(const float* w, index_t kp, index_t s, V& w0, V& w1) {
   w0 = hn::LoadU(D(), w + kp * 32 + s * lanes), w1 = hn::LoadU(D(), w + kp * 32 + 16 + s * lanes);
@@ -25,18 +20,6 @@ HWY_INLINE void LoadPair(const f16* w, index_t kp, index_t s, V& w0, V& w1) {
 HWY_INLINE void LoadPair(const bf16* w, index_t kp, index_t s, V& w0, V& w1) {
   const auto u = hn::LoadU(DU(), reinterpret_cast<const std::uint32_t*>(w + kp * 32 + s * 2 * lanes));
   w0 = hn::BitCast(D(), hn::ShiftLeft<16>(u)), w1 = hn::BitCast(D(), hn::And(u, hn::Set(DU(), 0xffff0000u)));
-}
-
-/// y[0, valid) (+)= v for one vector of outputs.
-HWY_INLINE void StoreRows(float* y, V v, index_t valid, bool accumulate) {
-  const D d;
-  if (valid >= lanes) {
-    hn::StoreU(accumulate ? hn::Add(v, hn::LoadU(d, y)) : v, d, y);
-  } else if (valid > 0) {
-    alignas(64) float t[lanes];
-    hn::Store(v, d, t);
-    for (index_t i = 0; i < valid; ++i) y[i] = accumulate ? y[i] + t[i] : t[i];
-  }
 }
 
 // y [MR, NP x 16] (+)= x [MR, kc] w^T
@@ -126,12 +109,6 @@ void FloatPanels(const MatmulTask& t, index_t first, index_t last) {
 // ---- bf16 dot products -------------------------------------------------------------------------------------------------------------
 
 #if TINYLLAMA_BF16_VNNI
-
-HWY_INLINE std::uint32_t Two(const bf16* x) {
-  std::uint32_t u;
-  std::memcpy(&u, x, 4);
-  return u;
-}
 
 // As FloatTile, two columns an instruction: _mm512_dpbf16_ps adds both products of a pair to the f32 lane.
 template <int MR, int NP>

@@ -10,12 +10,13 @@
 #undef TINYLLAMA_ISA_INL_H_
 #include "tinyllama/kernels/cpu/elementwise-inl.h"
 #include "tinyllama/kernels/cpu/attention-inl.h"
+#include "tinyllama/kernels/cpu/tile-inl.h"
 #include "tinyllama/kernels/cpu/matmul-inl.h"
 #include "tinyllama/kernels/cpu/blocks-inl.h"
 
 namespace tinyllama::TINYLLAMA_ISA {
 #define TINYLLAMA_KERNEL_ENTRY(name, ...) &name,
-[[maybe_unused]] static constexpr Kernels table = {HWY_STR(TINYLLAMA_ISA), TINYLLAMA_BF16_VNNI != 0, TINYLLAMA_KERNELS(TINYLLAMA_KERNEL_ENTRY)};
+[[maybe_unused]] static constexpr Kernels table = {HWY_STR(TINYLLAMA_ISA_NAME), TINYLLAMA_BF16_VNNI != 0, TINYLLAMA_KERNELS(TINYLLAMA_KERNEL_ENTRY)};
 #undef TINYLLAMA_KERNEL_ENTRY
 }
 
@@ -23,12 +24,13 @@ namespace tinyllama::TINYLLAMA_ISA {
 #if defined(TINYLLAMA_DISPATCH_UNIT) && HWY_TARGET == HWY_AVX3 && HWY_ARCH_X86 && !TINYLLAMA_BF16_VNNI
 #define TINYLLAMA_EXTRA_PASS
 #undef TINYLLAMA_ISA_INL_H_
+#include "tinyllama/kernels/cpu/tile-inl.h"
 #include "tinyllama/kernels/cpu/matmul-inl.h"
 #include "tinyllama/kernels/cpu/blocks-inl.h"
 namespace tinyllama::TINYLLAMA_ISA {
 static constexpr Kernels table = [] {
   Kernels t = HWY_NAMESPACE::table;
-  t.instruction_set = HWY_STR(TINYLLAMA_ISA), t.bf16_dot = true, t.matmul_bf16 = &matmul_bf16, t.matmul_int8 = &matmul_int8;
+  t.instruction_set = HWY_STR(TINYLLAMA_ISA_NAME), t.bf16_dot = true, t.matmul_bf16 = &matmul_bf16, t.matmul_int8 = &matmul_int8;
   return t;
 }();
 }

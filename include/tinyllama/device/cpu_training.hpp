@@ -1,0 +1,280 @@
+// Training's operations on the CPU, split over threads: over outputs, never inside a sum, so that the bits do not depend on how many.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "tinyllama/device/cpu.hpp"
+#include "tinyllama/kernels/cpu/training_kernels.hpp"
+
+namespace tinyllama {
+
+/// How a product is computed. bf16: operands rounded to nearest even, sums in f32; where the CPU has no such instruction, f32, which is then
+/// no slower.
+struct GemmOptions {
+  bool bf16 = false;
+  bool accumulate = false;  ///< y += rather than y =
+};
+
+/// How the columns of qkv [T, (heads + 2 kv_heads) head_dim] are heads.
+struct HeadShape {
+  index_t heads = 0, kv_heads = 0, head_dim = 0;
+};
+
+/// The training kernels of the device's instruction set.
+inline const TrainingKernels& training_kernels(const Cpu& dev) {
+  const std::string_view name = dev.instruction_set();
+  if (name == reference::training_kernels.instruction_set) return reference::training_kernels;
+  const auto all = all_cpu_training_kernels();
+  for (const TrainingKernels* k : all)
+    if (name == k->instruction_set) return *k;
+  return *all.front();
+}
+
+namespace detail {
+
+template <class T>
+T* row_of(View<T, dyn, dyn> v, index_t t) { return v.data() + t * v.stride(0); }
+
+/// f(t) for each of `count` rows of `length` elements; small work stays on the caller's thread.
+template <class F>
+void each_row(const Cpu& dev, index_t count, index_t length, F&& f) {
+  dev.parallel_for(count, std::max<index_t>(1, 8192 / std::max<index_t>(1, length)), [&](index_t begin, index_t end) {
+    for (index_t t = begin; t < end; ++t) f(t);
+  });
+}
+
+constexpr std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+inline constexpr index_t gemm_unit_panels = 6;  // of B, packed and multiplied by one thread: two tiles wide
+inline constexpr index_t stretch = index_t{1} << 16;  // weights that one thread takes at a time
+
+inline Operand operand(std::string_view which, View<const float, dyn, dyn> v) {
+  const Operand o{v.data(), v.stride(0), v.stride(1), v.extent(0), v.extent(1)};
+  if (o.row_stride != 1 && o.column_stride != 1 && o.rows > 1 && o.k > 1)
+    throw Error("gemm", which, "adjacent elements along one axis", "strides " + shape_text(v.strides()));
+  // Strides of an axis of one element say nothing; a row must look like a row.
+  if (o.rows == 1) return {o.data, std::max<index_t>(2, o.k), o.k > 1 ? o.column_stride : 1, 1, o.k};
+  return o;
+}
+
+}  // namespace detail
+
+/// Scratch of gemm for [m, k] times [., k] on `threads` threads.
+constexpr std::size_t gemm_scratch(index_t m, index_t k, int threads, bool narrow) {
+  const auto panel = static_cast<std::size_t>(panel_elements(k)) * (narrow ? sizeof(bf16) : sizeof(float));
+  return static_cast<std::size_t>((m + panel_rows - 1) / panel_rows) * panel +
+         static_cast<std::size_t>(threads) * detail::whole_lines(detail::gemm_unit_panels * panel) + 64;
+}
+
+/// y [M, N] (+)= a [M, K] b [N, K]^T, all f32. a and b may be transposed views. With W [N, K] and x [T, K]: y = x W^T is gemm(y, x, W),
+/// dx = dy W is gemm(dx, dy, transposed(W)), dW += dy^T x is gemm(dW, transposed(dy), transposed(x)).
+inline void gemm(Cpu& dev, View<float, dyn, dyn> y, View<const float, dyn, dyn> a, View<const float, dyn, dyn> b, const GemmOptions& o = {}) {
+  const Operand left = detail::operand("a", a), right = detail::operand("b", b);
+  const index_t m = y.extent(0), n = y.extent(1), k = left.k;
+  if (left.rows != m || right.rows != n || right.k != k)
+    throw Error("gemm", "shapes", "y [M, N] = a [M, K] b [N, K]^T",
+                "[" + std::to_string(m) + ", " + std::to_string(n) + "] = " + detail::shape_text(a.shape()) + " " + detail::shape_text(b.shape()) + "^T");
+  if (n > 1 && y.stride(1) != 1) throw Error("gemm", "y", "rows of adjacent elements", "strides " + detail::shape_text(y.strides()));
+  if (m == 0 || n == 0) return;
+  const TrainingKernels& kernels = training_kernels(dev);
+  const bool narrow = o.bf16 && kernels.bf16_dot;
+  const std::size_t panel_bytes = static_cast<std::size_t>(panel_elements(k)) * (narrow ? sizeof(bf16) : sizeof(float));
+  const index_t a_panels = (m + panel_rows - 1) / panel_rows, b_panels = (n + panel_rows - 1) / panel_rows;
+  std::byte* packed = dev.scratch(gemm_scratch(m, k, dev.threads(), narrow));
+  std::byte* mine = packed + detail::whole_lines(static_cast<std::size_t>(a_panels) * panel_bytes);
+  const auto pack = [&](std::byte* to, const Operand& from, index_t first, index_t last) {  // panel `first` goes to `to`
+    Operand part = from;
+    part.data += first * panel_rows * from.row_stride, part.rows -= first * panel_rows;
+    if (narrow) kernels.pack_bf16(reinterpret_cast<bf16*>(to), part, 0, last - first);
+    else kernels.pack_f32(reinterpret_cast<float*>(to), part, 0, last - first);
+  };
+  const auto multiply = [&](index_t first_row, index_t last_row, index_t first, index_t last, std::byte* to) {
+    pack(to, right, first, last);
+    const GemmTask t{packed, to, m, n - first * panel_rows, k, y.data() + first * panel_rows, y.stride(0), o.accumulate};
+    (narrow ? kernels.gemm_bf16 : kernels.gemm_f32)(t, first_row, last_row, 0, last - first);
+  };
+  if (m * n * k < 32768) {  // a fork would cost more
+    pack(packed, left, 0, a_panels);
+    for (index_t p = 0; p < b_panels; p += detail::gemm_unit_panels) multiply(0, m, p, std::min(b_panels, p + detail::gemm_unit_panels), mine);
+    return;
+  }
+  dev.parallel_for(a_panels, std::max<index_t>(1, 16384 / panel_elements(k)), [&](index_t first, index_t last) {
+    pack(packed + static_cast<std::size_t>(first) * panel_bytes, left, first, last);
+  });
+  // Few columns: rows are split too, and the panels of B packed once more for each part.
+  const index_t groups = (b_panels + detail::gemm_unit_panels - 1) / detail::gemm_unit_panels, wanted = 4 * dev.threads();
+  const index_t parts = std::clamp<index_t>((wanted + groups - 1) / groups, 1, (a_panels + 3) / 4), part_rows = (a_panels + parts - 1) / parts * panel_rows;
+  dev.parallel_units(groups * parts, [&](index_t unit, index_t worker) {
+    const index_t p = unit / parts * detail::gemm_unit_panels, row = unit % parts * part_rows;
+    if (row < m)
+      multiply(row, std::min(m, row + part_rows), p, std::min(b_panels, p + detail::gemm_unit_panels),
+               mine + static_cast<std::size_t>(worker) * detail::whole_lines(detail::gemm_unit_panels * panel_bytes));
+  });
+}
+
+namespace detail {
+
+inline FlashTask flash_task(View<const float, dyn, dyn> qkv, const Sequence& s, const HeadShape& shape, index_t head, bool narrow) {
+  const index_t hd = shape.head_dim, kv = head * shape.kv_heads / shape.heads;
+  const float* rows = row_of(qkv, s.first_row);
+  FlashTask t{};
+  t.q = rows + head * hd, t.k = rows + (shape.heads + kv) * hd, t.v = rows + (shape.heads + shape.kv_heads + kv) * hd, t.ld = qkv.stride(0);
+  t.tokens = s.tokens, t.head_dim = hd, t.scale = 1.0f / std::sqrt(static_cast<float>(hd)), t.bf16 = narrow;
+  return t;
+}
+/// f(task, sequence, head) for each head of each sequence, with scratch.
+template <class F>
+void each_head(Cpu& dev, std::span<const Sequence> batch, const HeadShape& shape, bool backward, F&& f) {
+  index_t longest = 0;
+  for (const Sequence& s : batch) longest = std::max(longest, s.tokens);
+  const std::size_t bytes = whole_lines(flash_scratch(longest, shape.head_dim, backward));
+  std::byte* scratch = dev.scratch(bytes * static_cast<std::size_t>(dev.threads()));
+  dev.parallel_units(static_cast<index_t>(batch.size()) * shape.heads, [&](index_t unit, index_t worker) {
+    const Sequence& s = batch[static_cast<std::size_t>(unit / shape.heads)];
+    if (s.tokens > 0) f(s, unit % shape.heads, scratch + static_cast<std::size_t>(worker) * bytes);
+  });
+}
+
+}  // namespace detail
+
+/// out [T, heads head_dim] = causal attention of each sequence's rows over its own keys; qkv [T, (heads + 2 kv_heads) head_dim], rotated.
+/// lse [T, heads]: the log of each softmax's sum, for the backward pass.
+inline void flash_attention(Cpu& dev, View<float, dyn, dyn> out, View<float, dyn, dyn> lse, View<const float, dyn, dyn> qkv, std::span<const Sequence> batch,
+                            const HeadShape& shape, const GemmOptions& o) {
+  const TrainingKernels& kernels = training_kernels(dev);
+  detail::each_head(dev, batch, shape, false, [&](const Sequence& s, index_t head, std::byte* scratch) {
+    FlashTask t = detail::flash_task(qkv, s, shape, head, o.bf16 && kernels.bf16_dot);
+    t.o = detail::row_of(out, s.first_row) + head * shape.head_dim, t.ldo = out.stride(0);
+    t.lse = detail::row_of(lse, s.first_row) + head, t.ld_lse = lse.stride(0), t.scratch = scratch;
+    kernels.flash_forward(t);
+  });
+}
+
+/// dqkv [T, (heads + 2 kv_heads) head_dim] from d_out, and out and lse as the forward pass left them. `heads_kv`: memory for
+/// 2 T heads head_dim floats, where each query head leaves its gradient of K and V before those that share a head are summed.
+inline void flash_attention_backward(Cpu& dev, View<float, dyn, dyn> dqkv, View<const float, dyn, dyn> d_out, View<const float, dyn, dyn> qkv,
+                                     View<const float, dyn, dyn> out, View<const float, dyn, dyn> lse, std::span<const Sequence> batch,
+                                     const HeadShape& shape, float* heads_kv, const GemmOptions& o) {
+  const TrainingKernels& kernels = training_kernels(dev);
+  const index_t T = dqkv.extent(0), hd = shape.head_dim, group = shape.heads / shape.kv_heads, width = shape.heads * hd;
+  detail::each_head(dev, batch, shape, true, [&](const Sequence& s, index_t head, std::byte* scratch) {
+    FlashGradTask g{};
+    g.forward = detail::flash_task(qkv, s, shape, head, o.bf16 && kernels.bf16_dot);
+    // The forward pass wrote these; backward reads them.
+    g.forward.o = const_cast<float*>(detail::row_of(out, s.first_row)) + head * hd, g.forward.ldo = out.stride(0);
+    g.forward.lse = const_cast<float*>(detail::row_of(lse, s.first_row)) + head, g.forward.ld_lse = lse.stride(0), g.forward.scratch = scratch;
+    g.d_o = detail::row_of(d_out, s.first_row) + head * hd;
+    g.dq = detail::row_of(dqkv, s.first_row) + head * hd, g.ld_dq = dqkv.stride(0);
+    g.dk = heads_kv + s.first_row * width + head * hd, g.dv = g.dk + T * width, g.ld_dkv = width;
+    kernels.flash_backward(g);
+  });
+  detail::each_row(dev, T, 2 * width, [&](index_t t) {
+    for (index_t part = 0; part < 2; ++part)
+      for (index_t h = 0; h < shape.kv_heads; ++h) {
+        float* to = detail::row_of(dqkv, t) + (shape.heads + part * shape.kv_heads + h) * hd;
+        const float* from = heads_kv + (part * T + t) * width + h * group * hd;
+        std::copy_n(from, hd, to);
+        for (index_t i = 1; i < group; ++i) dev.kernels().add(to, from + i * hd, hd);
+      }
+  });
+}
+
+/// dx [T, n] += the gradient of rmsnorm's input; dgain [n] += that of its gain (null: not wanted). x is the norm's input; `rms` holds T floats.
+inline void rmsnorm_backward(Cpu& dev, View<float, dyn, dyn> dx, View<const float, dyn, dyn> dy, View<const float, dyn, dyn> x, const float* gain, float* dgain,
+                             float eps, float* rms) {
+  const TrainingKernels& kernels = training_kernels(dev);
+  const index_t T = dx.extent(0), n = dx.extent(1);
+  detail::each_row(dev, T, n, [&](index_t t) { kernels.rmsnorm_backward(detail::row_of(dx, t), detail::row_of(dy, t), detail::row_of(x, t), gain, n, eps, rms + t); });
+  if (!dgain) return;
+  dev.parallel_for(n, std::max<index_t>(64, 65536 / std::max<index_t>(1, T) / 16 * 16), [&](index_t begin, index_t end) {
+    kernels.gain_backward(dgain + begin, dy.data() + begin, dy.stride(0), x.data() + begin, x.stride(0), rms, T, end - begin);
+  });
+}
+
+/// The gradients of swiglu's gate and up [T, ffn] from dh; they may take the places of gate and up.
+inline void swiglu_backward(Cpu& dev, View<float, dyn, dyn> dgate, View<float, dyn, dyn> dup, View<const float, dyn, dyn> dh, View<const float, dyn, dyn> gate,
+                            View<const float, dyn, dyn> up) {
+  const TrainingKernels& kernels = training_kernels(dev);
+  detail::each_row(dev, dh.extent(0), dh.extent(1), [&](index_t t) {
+    kernels.swiglu_backward(detail::row_of(dgate, t), detail::row_of(dup, t), detail::row_of(dh, t), detail::row_of(gate, t), detail::row_of(up, t), dh.extent(1));
+  });
+}
+
+/// losses [R] = log sum exp(logits) - logits[target] for each row of logits [R, vocab]; gradient (may be logits; of no rows: not wanted) =
+/// weights[row] (softmax - onehot). A target below 0 does not count: loss and gradient are 0.
+inline void cross_entropy(Cpu& dev, View<float, dyn, dyn> gradient, View<const float, dyn, dyn> logits, std::span<const std::int32_t> targets, const float* weights,
+                          float* losses) {
+  const TrainingKernels& kernels = training_kernels(dev);
+  const index_t n = logits.extent(1);
+  const bool wanted = gradient.extent(0) > 0;
+  detail::each_row(dev, logits.extent(0), n, [&](index_t r) {
+    const std::int32_t target = targets[static_cast<std::size_t>(r)];
+    if (target >= 0) return kernels.cross_entropy(wanted ? detail::row_of(gradient, r) : nullptr, detail::row_of(logits, r), n, target, weights[r], losses + r);
+    losses[r] = 0;
+    if (wanted) std::fill_n(detail::row_of(gradient, r), n, 0.0f);
+  });
+}
+
+/// table [vocab, hidden] += dx [T, hidden] at the rows of ids. Split over columns: equal ids meet in their order.
+inline void embedding_backward(Cpu& dev, View<float, dyn, dyn> table, std::span<const std::int32_t> ids, View<const float, dyn, dyn> dx) {
+  dev.parallel_for(table.extent(1), 256, [&](index_t begin, index_t end) {
+    for (std::size_t t = 0; t < ids.size(); ++t)
+      dev.kernels().add(detail::row_of(table, ids[t]) + begin, detail::row_of(dx, static_cast<index_t>(t)) + begin, end - begin);
+  });
+}
+
+/// One step of AdamW on task.n weights.
+inline void adamw(Cpu& dev, const AdamwTask& task) {
+  const TrainingKernels& kernels = training_kernels(dev);
+  dev.parallel_for(task.n, detail::stretch, [&](index_t begin, index_t end) {
+    AdamwTask t = task;
+    t.p += begin, t.m += begin, t.v += begin, t.gradient += begin, t.n = end - begin;
+    kernels.adamw(t);
+  });
+}
+
+/// Sum of x_i^2, in stretches whose sums are added in their order.
+inline double sum_of_squares(Cpu& dev, const float* x, index_t n) {
+  const TrainingKernels& kernels = training_kernels(dev);
+  const index_t stretches = (n + detail::stretch - 1) / detail::stretch;
+  auto* sums = reinterpret_cast<double*>(dev.scratch(static_cast<std::size_t>(stretches) * sizeof(double)));
+  dev.parallel_for(n, detail::stretch, [&](index_t begin, index_t end) { kernels.sum_of_squares(x + begin, end - begin, sums + begin / detail::stretch); });
+  double total = 0;
+  for (index_t i = 0; i < stretches; ++i) total += sums[i];
+  return total;
+}
+
+/// x [T, n] *= by
+inline void scale(Cpu& dev, View<float, dyn, dyn> x, float by) {
+  detail::each_row(dev, x.extent(0), x.extent(1), [&](index_t t) {
+    float* row = detail::row_of(x, t);
+    for (index_t i = 0; i < x.extent(1); ++i) row[i] *= by;
+  });
+}
+
+/// out = x / (1 - p) where the element is kept, 0 where it is dropped (arXiv 1207.0580), out and x [T, n], in place allowed. Which those are
+/// follows from the key and the element's place alone: the backward pass is the same call.
+inline void dropout(Cpu& dev, View<float, dyn, dyn> out, View<const float, dyn, dyn> x, float p, std::uint64_t key) {
+  const auto threshold = static_cast<std::uint32_t>(static_cast<double>(p) * 4294967296.0);
+  const float keep = 1.0f / (1.0f - p);
+  detail::each_row(dev, x.extent(0), x.extent(1), [&](index_t t) {
+    float* to = detail::row_of(out, t);
+    const float* from = detail::row_of(x, t);
+    for (index_t i = 0; i < x.extent(1); ++i) {
+      std::uint64_t z = key + static_cast<std::uint64_t>(t * x.extent(1) + i) * 0x9e3779b97f4a7c15u;  // splitmix64 as a function of its count
+      z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+      z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+      to[i] = static_cast<std::uint32_t>((z ^ (z >> 31)) >> 32) < threshold ? 0.0f : from[i] * keep;
+    }
+  });
+}
+
+/// x_i = value
+inline void fill(Cpu& dev, float* x, index_t n, float value) {
+  dev.parallel_for(n, detail::stretch, [&](index_t begin, index_t end) { std::fill(x + begin, x + end, value); });
+}
+
+}  // namespace tinyllama

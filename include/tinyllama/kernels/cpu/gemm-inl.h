@@ -1,0 +1,211 @@
+// Matrix products of training: both operands in panels of 16 rows, packed from f32 as they lie, transposed or not.
+//
+// A panel of A gives the broadcasts and one of B the lanes, so that an operand is packed in one way wherever it stands. Forward, the gradient
+// of the input and that of the weights are the same product of other views.
+
+#include "tinyllama/kernels/cpu/isa-inl.h"
+
+#include <cstring>
+
+#include "tinyllama/kernels/training.hpp"
+
+TINYLLAMA_BEFORE_NAMESPACE();
+namespace tinyllama {
+namespace TINYLLAMA_ISA {
+namespace {
+
+// ---- packing -----------------------------------------------------------------------------------------------------------------------
+
+/// bf16 of each lane, to nearest even, in its upper half; the lower half is not cleared.
+HWY_INLINE VU RoundedHigh(V v) {
+  const DU du;
+  const VU u = hn::BitCast(du, v);
+  return hn::Add(u, hn::Add(hn::Set(du, 0x7fffu), hn::And(hn::ShiftRight<16>(u), hn::Set(du, 1u))));
+}
+/// Pairs of bf16, `low` first in memory.
+HWY_INLINE VU RoundedPairs(V low, V high) {
+  return hn::Or(hn::ShiftRight<16>(RoundedHigh(low)), hn::And(RoundedHigh(high), hn::Set(DU(), 0xffff0000u)));
+}
+
+#if HWY_TARGET != HWY_SCALAR
+using D4 = hn::CappedTag<std::uint32_t, 4>;
+/// to[i 16 + r] = from[r ld + i] for 16 rows of 4 columns of 32 bits.
+HWY_INLINE void Transpose16x4(const std::uint32_t* from, index_t ld, std::uint32_t* to) {
+  const D4 d;
+  const hn::Repartition<std::uint64_t, D4> d64;
+  for (index_t r = 0; r < 16; r += 4) {
+    const auto a = hn::LoadU(d, from + r * ld), b = hn::LoadU(d, from + (r + 1) * ld);
+    const auto c = hn::LoadU(d, from + (r + 2) * ld), e = hn::LoadU(d, from + (r + 3) * ld);
+    const auto ab = hn::BitCast(d64, hn::InterleaveLower(d, a, b)), AB = hn::BitCast(d64, hn::InterleaveUpper(d, a, b));
+    const auto ce = hn::BitCast(d64, hn::InterleaveLower(d, c, e)), CE = hn::BitCast(d64, hn::InterleaveUpper(d, c, e));
+    hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, ab, ce)), d, to + r);
+    hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, ab, ce)), d, to + 16 + r);
+    hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, AB, CE)), d, to + 32 + r);
+    hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, AB, CE)), d, to + 48 + r);
+  }
+}
+#endif
+
+// Columns [i0, k) of `count` rows, one element at a time: tails, and panels that are not full.
+template <class E>
+void PackRest(E* panel, const float* rows, const Operand& from, index_t count, index_t i0) {
+  for (index_t i = i0; i < even(from.k); ++i)
+    for (index_t r = 0; r < panel_rows; ++r)
+      panel[sizeof(E) == 2 ? i / 2 * 32 + r * 2 + i % 2 : i * 16 + r] =
+          static_cast<E>(r < count && i < from.k ? rows[r * from.row_stride + i * from.column_stride] : 0.0f);
+}
+
+HWY_INLINE void PackPanel(float* panel, const Operand& from, index_t p) {
+  const float* rows = from.data + p * panel_rows * from.row_stride;
+  const index_t count = from.rows - p * panel_rows < panel_rows ? from.rows - p * panel_rows : panel_rows;
+  index_t i = 0;
+  if (count == panel_rows) {
+    if (from.row_stride == 1) {
+      for (; i < from.k; ++i) std::memcpy(panel + i * 16, rows + i * from.column_stride, 16 * sizeof(float));
+    } else {
+#if HWY_TARGET != HWY_SCALAR
+      for (; i + 4 <= from.k; i += 4)
+        Transpose16x4(reinterpret_cast<const std::uint32_t*>(rows + i), from.row_stride, reinterpret_cast<std::uint32_t*>(panel + i * 16));
+#endif
+    }
+  }
+  PackRest(panel, rows, from, count, i);
+}
+
+HWY_INLINE void PackPanel(bf16* panel, const Operand& from, index_t p) {
+  const float* rows = from.data + p * panel_rows * from.row_stride;
+  const index_t count = from.rows - p * panel_rows < panel_rows ? from.rows - p * panel_rows : panel_rows;
+  index_t i = 0;
+#if HWY_TARGET != HWY_SCALAR
+  const D d;
+  const DU du;
+  auto* to = reinterpret_cast<std::uint32_t*>(panel);
+  if (count == panel_rows) {
+    if (from.row_stride == 1) {
+      for (; i + 2 <= from.k; i += 2)
+        for (index_t s = 0; s < 16; s += lanes) {
+          const float* at = rows + i * from.column_stride + s;
+          hn::StoreU(RoundedPairs(hn::LoadU(d, at), hn::LoadU(d, at + from.column_stride)), du, to + i * 8 + s);
+        }
+    } else {
+      alignas(64) std::uint32_t pairs[16 * lanes];
+      for (; i + 2 * lanes <= from.k; i += 2 * lanes) {
+        for (index_t r = 0; r < 16; ++r) {
+          const float* at = rows + r * from.row_stride + i;
+          const V low = hn::LoadU(d, at), high = hn::LoadU(d, at + lanes);
+          hn::Store(RoundedPairs(hn::ConcatEven(d, high, low), hn::ConcatOdd(d, high, low)), du, pairs + r * lanes);
+        }
+        for (index_t j = 0; j < lanes; j += 4) Transpose16x4(pairs + j, lanes, to + (i / 2 + j) * 16);
+      }
+    }
+  }
+#endif
+  PackRest(panel, rows, from, count, i);
+}
+
+void pack_f32(float* panels, const Operand& from, index_t first, index_t last) {
+  for (index_t p = first; p < last; ++p) PackPanel(panels + p * panel_elements(from.k), from, p);
+}
+void pack_bf16(bf16* panels, const Operand& from, index_t first, index_t last) {
+  for (index_t p = first; p < last; ++p) PackPanel(panels + p * panel_elements(from.k), from, p);
+}
+
+// ---- tiles -------------------------------------------------------------------------------------------------------------------------
+
+/// Where a tile finds A: element (row i, pair kp) at data[i row + kp pair], the second of an f32 pair `second` further.
+template <class E>
+struct TileRows {
+  const E* data;
+  index_t row, pair, second;
+};
+/// Rows of a panel, from row `i` of its 16.
+template <class E>
+HWY_INLINE TileRows<E> InPanel(const E* panel, index_t i) {
+  return sizeof(E) == 2 ? TileRows<E>{panel + 2 * i, 2, 32, 1} : TileRows<E>{panel + i, 1, 32, 16};
+}
+/// Rows ld apart, as they are.
+template <class E>
+HWY_INLINE TileRows<E> InRows(const E* rows, index_t ld) { return {rows, ld, 2, 1}; }
+
+// y [MR, NP x 16] (+)= a [MR, kc] b^T
+template <int MR, int NP>
+HWY_INLINE void GemmTile(TileRows<float> a, const float* b, index_t panel_stride, index_t kc, float* y, index_t ldy, index_t valid, bool accumulate) {
+  const D d;
+  V acc[MR][NP * subs];
+  TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i)
+    TINYLLAMA_UNROLL for (int j = 0; j < NP * subs; ++j) acc[i][j] = hn::Zero(d);
+  for (index_t kp = 0; kp < (kc + 1) / 2; ++kp) {
+    V w0[NP * subs], w1[NP * subs];
+    TINYLLAMA_UNROLL for (int j = 0; j < NP * subs; ++j) {
+      const float* at = b + j / subs * panel_stride + kp * 32 + j % subs * lanes;
+      w0[j] = hn::LoadU(d, at), w1[j] = hn::LoadU(d, at + 16);
+    }
+    TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i) {
+      const float* at = a.data + i * a.row + kp * a.pair;
+      const V a0 = hn::Set(d, at[0]), a1 = hn::Set(d, at[a.second]);
+      TINYLLAMA_UNROLL for (int j = 0; j < NP * subs; ++j) acc[i][j] = hn::MulAdd(w1[j], a1, hn::MulAdd(w0[j], a0, acc[i][j]));
+    }
+  }
+  TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i)
+    TINYLLAMA_UNROLL for (int j = 0; j < NP * subs; ++j) StoreRows(y + i * ldy + j * lanes, acc[i][j], valid - j * lanes, accumulate);
+}
+
+#if TINYLLAMA_BF16_VNNI
+template <int MR, int NP>
+HWY_INLINE void GemmTile(TileRows<bf16> a, const bf16* b, index_t panel_stride, index_t kc, float* y, index_t ldy, index_t valid, bool accumulate) {
+  __m512 acc[MR][NP];
+  TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i)
+    TINYLLAMA_UNROLL for (int j = 0; j < NP; ++j) acc[i][j] = _mm512_setzero_ps();
+  for (index_t kp = 0; kp < (kc + 1) / 2; ++kp) {
+    __m512i w[NP];
+    TINYLLAMA_UNROLL for (int j = 0; j < NP; ++j) w[j] = _mm512_loadu_si512(b + j * panel_stride + kp * 32);
+    TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i) {
+      const __m512i x = _mm512_set1_epi32(static_cast<int>(Two(a.data + i * a.row + kp * a.pair)));
+      TINYLLAMA_UNROLL for (int j = 0; j < NP; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], (__m512bh)x, (__m512bh)w[j]);
+    }
+  }
+  TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i)
+    TINYLLAMA_UNROLL for (int j = 0; j < NP; ++j) StoreRows(y + i * ldy + j * 16, V{acc[i][j]}, valid - j * 16, accumulate);
+}
+#endif
+
+/// Rows [first_row, last_row) against NP panels of B, columns [k0, k0 + kc): 8 rows at a time, as many as half a panel of A has.
+template <class E, int NP>
+void GemmRows(const GemmTask& t, index_t first_row, index_t last_row, index_t panel, index_t k0, index_t kc) {
+  const index_t stride = panel_elements(t.k), valid = t.n - panel * panel_rows;
+  const E *a = reinterpret_cast<const E*>(t.a) + k0 * panel_rows, *b = reinterpret_cast<const E*>(t.b) + panel * stride + k0 * panel_rows;
+  const bool accumulate = t.accumulate || k0 > 0;
+  constexpr int most = NP == tile_panels ? tile_rows : 4;
+  index_t i = first_row;
+  const auto tile = [&]<int MR>() HWY_ATTR {
+    GemmTile<MR, NP>(InPanel(a + i / panel_rows * stride, i % panel_rows), b, stride, kc, t.y + i * t.ldy + panel * panel_rows, t.ldy, valid, accumulate);
+    i += MR;
+  };
+  if constexpr (16 % most == 0)
+    while (i + most <= last_row) tile.template operator()<most>();
+  while (i + 4 <= last_row) tile.template operator()<4>();
+  while (i < last_row) tile.template operator()<1>();
+}
+
+template <class E>
+void Gemm(const GemmTask& t, index_t first_row, index_t last_row, index_t first, index_t last) {
+  constexpr index_t step = tile_k * 4 / static_cast<index_t>(sizeof(E));  // 3 panels of it are 192 KB, within a core's L2
+  if (last_row > t.m) last_row = t.m;
+  const auto rest = [&](index_t k0) { return t.k - k0 < step ? t.k - k0 : step; };
+  index_t p = first;
+  if constexpr (tile_panels > 1)
+    for (; p + tile_panels <= last; p += tile_panels)
+      for (index_t k0 = 0; k0 < t.k; k0 += step) GemmRows<E, tile_panels>(t, first_row, last_row, p, k0, rest(k0));
+  for (; p < last; ++p)
+    for (index_t k0 = 0; k0 < t.k; k0 += step) GemmRows<E, 1>(t, first_row, last_row, p, k0, rest(k0));
+}
+
+void gemm_f32(const GemmTask& t, index_t r0, index_t r1, index_t p0, index_t p1) { Gemm<float>(t, r0, r1, p0, p1); }
+#if TINYLLAMA_BF16_VNNI
+void gemm_bf16(const GemmTask& t, index_t r0, index_t r1, index_t p0, index_t p1) { Gemm<bf16>(t, r0, r1, p0, p1); }
+#endif
+
+}  // namespace
+}  // namespace TINYLLAMA_ISA
+}  // namespace tinyllama
+HWY_AFTER_NAMESPACE();

@@ -1,0 +1,118 @@
+// One block of the architecture, forward and backward side by side, over any Device and any kind of weight (arXiv 2401.02385, section 2.2).
+//
+//   mid = x   + Wo attention(rope(Wq n), rope(Wk n), Wv n),   n = rmsnorm(x)
+//   out = mid + Wdown (silu(Wgate m) * Wup m),                m = rmsnorm(mid)
+//
+// Each half leaves what it adds where its sum will be; the norm that reads the sum adds the rest on its way, which saves a pass.
+#pragma once
+
+#include <cmath>
+#include <span>
+
+#include "tinyllama/config/config.hpp"
+#include "tinyllama/device/operations.hpp"
+
+namespace tinyllama {
+
+/// Weights of one layer. W is how a matrix is kept: Linear (packed, to be read) or LearnedMatrix (with its gradient).
+template <class W>
+struct Layer {
+  const float* attn_norm = nullptr;  // [hidden]
+  W qkv;                             // [(heads + 2 kv_heads) head_dim, hidden]
+  W o;                               // [hidden, hidden]
+  const float* ffn_norm = nullptr;   // [hidden]
+  W gate_up;                         // [2 ffn, hidden]
+  W down;                            // [hidden, ffn]
+};
+
+/// Where a block finds and leaves its activations. In inference all blocks share them, and out takes the place of x.
+template <Config C>
+struct BlockActivations {
+  using X = extents<C>;
+  View<float, dyn, X::hidden> x;         // [T, hidden], complete
+  View<float, dyn, X::hidden> normed;    // [T, hidden]: n
+  View<float, dyn, X::qkv> qkv;          // [T, (heads + 2 kv_heads) head_dim], rotated
+  View<float, dyn, X::hidden> attended;  // [T, hidden]
+  View<float, dyn, X::hidden> mid;       // [T, hidden]
+  View<float, dyn, X::hidden> ffn_normed;// [T, hidden]: m
+  View<float, dyn, X::gate_up> gate_up;  // [T, 2 ffn]
+  View<float, dyn, X::ffn> gated;        // [T, ffn]
+  View<float, dyn, X::hidden> out;       // [T, hidden], without mid until the next norm
+
+  View<float, dyn, dyn> gate() const { return columns(gate_up, 0, gated.extent(1)); }
+  View<float, dyn, dyn> up() const { return columns(gate_up, gated.extent(1), 2 * gated.extent(1)); }
+};
+
+/// cos and sin [T, head_dim / 2] of each row's position, and which rows they turn.
+struct RopeAngles {
+  View<float, dyn, dyn> cos, sin;
+  RopeLayout layout = RopeLayout::half;
+};
+
+namespace detail {
+/// cos and sin of position * frequency for each row, in double: f32 angles are off by 1e-4 at position 2000.
+inline void rope_angles(std::span<const double> frequencies, std::span<const Sequence> batch, View<float, dyn, dyn> cos, View<float, dyn, dyn> sin) {
+  for (const Sequence& s : batch)
+    for (index_t t = 0; t < s.tokens; ++t)
+      for (std::size_t i = 0; i < frequencies.size(); ++i) {
+        const double angle = static_cast<double>(s.position + t) * frequencies[i];
+        cos(s.first_row + t, i) = static_cast<float>(std::cos(angle));
+        sin(s.first_row + t, i) = static_cast<float>(std::sin(angle));
+      }
+}
+
+/// Queries and keys of qkv, turned by the angles (backward: by their opposites).
+template <Config C, Device D, class V>
+void rope_queries_and_keys(D& dev, const C& c, V qkv, const RopeAngles& r) {
+  const index_t q = c.hidden, kv = static_cast<index_t>(c.kv_heads) * head_dim(c);
+  rope(dev, columns(qkv, 0, q), r.cos, r.sin, r.layout);
+  rope(dev, columns(qkv, q, q + kv), r.cos, r.sin, r.layout);
+}
+}  // namespace detail
+
+/// a.x and a.normed are there; everything else of `a` is computed. `attend(attended, qkv)` is attention over a cache, or over the batch itself.
+/// Without `output` the block stops before its last product: what backward needs to have again.
+template <Config C, Device D, class W, class Attend>
+void block_forward(D& dev, const C& c, const Layer<W>& w, const BlockActivations<C>& a, const RopeAngles& angles, Attend&& attend, bool output = true) {
+  matmul(dev, a.qkv, a.normed, w.qkv);
+  detail::rope_queries_and_keys(dev, c, a.qkv, angles);
+  attend(a.attended, a.qkv);
+  matmul(dev, a.mid, a.attended, w.o);
+
+  dev.add_rmsnorm(a.ffn_normed, a.mid, a.x, w.ffn_norm, c.norm_eps);
+  matmul(dev, a.gate_up, a.ffn_normed, w.gate_up);
+  swiglu(dev, a.gated, a.gate(), a.up());
+  if (output) matmul(dev, a.out, a.gated, w.down);
+}
+
+/// Gradients that pass through a block; all blocks share them. d[x] is the gradient of the loss by x.
+template <Config C>
+struct BlockGradients {
+  using X = extents<C>;
+  View<float, dyn, X::hidden> x;         // [T, hidden]: d[out] on entry, d[x] on return; d[mid] between
+  View<float, dyn, X::hidden> normed;    // [T, hidden]: d[n], d[m]
+  View<float, dyn, X::hidden> attended;  // [T, hidden]
+  View<float, dyn, X::qkv> qkv;          // [T, (heads + 2 kv_heads) head_dim]
+  View<float, dyn, X::ffn> gated;        // [T, ffn]
+  float* rms = nullptr;                  // [T]
+};
+
+/// The gradient of all that block_forward computes. W's own gradients are where W keeps them; d[gain] go to d_attn_norm and d_ffn_norm [hidden]
+/// (null: not wanted). d[gate_up] takes the place of a.gate_up. `attend_backward(d.qkv, d.attended)` turns the one into the other;
+/// `opposite` are the forward angles with -sin.
+template <Config C, class D, class W, class Attend>
+void block_backward(D& dev, const C& c, const Layer<W>& w, const BlockActivations<C>& a, const BlockGradients<C>& d, const RopeAngles& opposite,
+                    Attend&& attend_backward, float* d_attn_norm, float* d_ffn_norm) {
+  matmul_backward(dev, d.gated, d.x, a.gated, w.down);
+  swiglu_backward(dev, a.gate(), a.up(), d.gated, a.gate(), a.up());
+  matmul_backward(dev, d.normed, a.gate_up, a.ffn_normed, w.gate_up);
+  rmsnorm_backward(dev, d.x, d.normed, a.mid, w.ffn_norm, d_ffn_norm, c.norm_eps, d.rms);
+
+  matmul_backward(dev, d.attended, d.x, a.attended, w.o);
+  attend_backward(d.qkv, d.attended);
+  detail::rope_queries_and_keys(dev, c, d.qkv, opposite);
+  matmul_backward(dev, d.normed, d.qkv, a.normed, w.qkv);
+  rmsnorm_backward(dev, d.x, d.normed, a.x, w.attn_norm, d_attn_norm, c.norm_eps, d.rms);
+}
+
+}  // namespace tinyllama

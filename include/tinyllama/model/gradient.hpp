@@ -1,0 +1,172 @@
+// A training pass over any TrainingDevice: forward, loss and backward of one micro-batch.
+//
+//   x = E[ids];  x = block(x) for each layer;  loss = sum_t weight_t (log sum exp(logits_t) - logits_t[target_t]),  logits = Whead rmsnorm(x)
+//
+// Attention is among the rows of a sequence; a batch is a list of sequences, so that samples packed into one row do not see each other.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "tinyllama/device/memory.hpp"
+#include "tinyllama/model/learned.hpp"
+#include "tinyllama/model/training_activations.hpp"
+#include "tinyllama/model/weights.hpp"
+
+namespace tinyllama {
+
+/// A layer's weights and where the gradients of its gains are summed (null: frozen).
+struct LearnedLayer : Layer<LearnedMatrix> {
+  float *d_attn_norm = nullptr, *d_ffn_norm = nullptr;
+};
+
+/// All weights that a training pass reads, and where their gradients go. Owns nothing.
+template <Config C>
+struct LearnedWeights {
+  C config{};
+  LearnedMatrix embedding;             // [vocab, hidden]
+  std::vector<LearnedLayer> layers;
+  const float* final_norm = nullptr;   // [hidden]
+  float* d_final_norm = nullptr;
+  LearnedMatrix head;                  // [vocab, hidden]; the embedding where tied
+  std::vector<double> frequencies;     // [head_dim / 2]
+
+  /// f on each matrix that products read.
+  template <class F>
+  void for_each_matrix(F&& f) {
+    for (LearnedLayer& l : layers)
+      for (LearnedMatrix* m : {&l.qkv, &l.o, &l.gate_up, &l.down}) f(*m);
+    f(head);
+  }
+};
+
+/// The memory of a training pass, for one shape at a time; and the pass.
+template <Config C, TrainingDevice D>
+class TrainingPass {
+ public:
+  explicit TrainingPass(D& dev) : dev_(&dev) {}
+
+  /// Takes memory for the shape, unless it has it.
+  void prepare(const C& c, const TrainingShape& shape) {
+    if (buffers_ && shape == shape_) return;
+    if (const std::size_t bytes = training_buffer_bytes<D>(c, shape); !arena_ || bytes > arena_->capacity()) {
+      buffers_.reset(), arena_.reset();
+      arena_ = std::make_unique<Arena<D>>(*dev_, bytes);
+    }
+    arena_->reset();
+    blocks_.clear(), lse_.clear(), sequences_.clear();
+    buffers_ = std::make_unique<TrainingBuffers<C>>(take_training_buffers(*arena_, c, shape, [&](int, const BlockActivations<C>& b, View<float, dyn, dyn> lse) {
+      blocks_.push_back(b), lse_.push_back(lse);
+    }));
+    shape_ = shape;
+  }
+  std::size_t bytes() const { return arena_ ? arena_->capacity() : 0; }
+  const AdapterWork& adapter_work() const { return buffers_->adapters; }
+
+  /// ids [T] of all sequences through the model, up to the last norm.
+  void forward(const LearnedWeights<C>& w, std::span<const std::int32_t> ids, std::span<const Sequence> batch) {
+    const C& c = w.config;
+    D& dev = *dev_;
+    turn(w, batch);
+    dev.embedding(blocks_.front().x, Matrix{Format::f32, false, w.embedding.rows, w.embedding.columns, reinterpret_cast<const std::byte*>(w.embedding.value)}, ids);
+    for (std::size_t l = 0; l < blocks_.size(); ++l) {
+      const BlockActivations<C>& a = blocks_[l];
+      if (l == 0) dev.rmsnorm(a.normed, a.x, w.layers[l].attn_norm, c.norm_eps);
+      else dev.add_rmsnorm(a.normed, a.x, blocks_[l - 1].mid, w.layers[l].attn_norm, c.norm_eps);
+      block(w, l, batch, true);
+    }
+    const BlockActivations<C>& last = blocks_.back();
+    dev.add_rmsnorm(buffers_->final_normed, last.out, last.mid, w.final_norm, c.norm_eps);
+  }
+
+  /// The loss of each row, [T]: targets below 0 do not count and have none. After forward(); valid until the next call.
+  std::span<const float> losses(const LearnedWeights<C>& w, std::span<const std::int32_t> targets) {
+    head(w, targets, false);
+    return {buffers_->losses, targets.size()};
+  }
+
+  /// The same, and the gradient of sum_t weights_t loss_t by every weight that has a place for it: added to what is there where `accumulate`
+  /// is set in w's matrices, in the place of it where not (those of the gains and the embedding are always added). After forward().
+  std::span<const float> backward(const LearnedWeights<C>& w, std::span<const std::int32_t> ids, std::span<const std::int32_t> targets,
+                                  std::span<const float> weights, std::span<const Sequence> batch) {
+    const C& c = w.config;
+    D& dev = *dev_;
+    const TrainingBuffers<C>& b = *buffers_;
+    const BlockGradients<C>& d = b.gradients;
+    std::copy(weights.begin(), weights.end(), b.weights);
+    head(w, targets, true);
+    const auto T = static_cast<index_t>(ids.size());
+    fill(dev, d.x.data(), T * c.hidden, 0.0f);
+    rmsnorm_backward(dev, d.x, d.normed, blocks_.back().out, w.final_norm, w.d_final_norm, c.norm_eps, d.rms);
+    const HeadShape heads{c.heads, c.kv_heads, head_dim(c)};
+    for (std::size_t l = blocks_.size(); l-- > 0;) {
+      const BlockActivations<C>& a = blocks_[l];
+      const LearnedLayer& layer = w.layers[l];
+      if (shape_.checkpointing != Checkpointing::none) dev.rmsnorm(a.normed, a.x, layer.attn_norm, c.norm_eps);
+      if (shape_.checkpointing == Checkpointing::layer) {
+        block(w, l, batch, false);
+      } else if (shape_.checkpointing == Checkpointing::selective) {
+        dev.rmsnorm(a.ffn_normed, a.mid, layer.ffn_norm, c.norm_eps);
+        swiglu(dev, a.gated, a.gate(), a.up());
+      }
+      block_backward(dev, c, layer, a, d, {b.cos, b.opposite_sin}, [&](auto dqkv, auto d_attended) {
+        flash_attention_backward(dev, dqkv, d_attended, a.qkv, a.attended, lse_[l], batch, heads, b.heads_kv, layer.qkv.product(false));
+      }, layer.d_attn_norm, layer.d_ffn_norm);
+    }
+    if (w.embedding.gradient) embedding_backward(dev, View<float, dyn, dyn>(w.embedding.gradient, {w.embedding.rows, w.embedding.columns}), ids, d.x);
+    return {b.losses, targets.size()};
+  }
+
+ private:
+  void block(const LearnedWeights<C>& w, std::size_t l, std::span<const Sequence> batch, bool output) {
+    const C& c = w.config;
+    block_forward(*dev_, c, static_cast<const Layer<LearnedMatrix>&>(w.layers[l]), blocks_[l], {buffers_->cos, buffers_->sin}, [&](auto attended, auto qkv) {
+      flash_attention(*dev_, attended, lse_[l], qkv, batch, HeadShape{c.heads, c.kv_heads, head_dim(c)}, w.layers[l].qkv.product(false));
+    }, output);
+  }
+
+  /// Logits a stretch of rows at a time, so that they are never there for all; with d[final_normed] and the head's gradient if `gradient`.
+  void head(const LearnedWeights<C>& w, std::span<const std::int32_t> targets, bool gradient) {
+    const TrainingBuffers<C>& b = *buffers_;
+    const auto T = static_cast<index_t>(targets.size());
+    LearnedMatrix matrix = w.head;
+    for (index_t r = 0; r < T; r += shape_.logits_rows) {
+      const index_t end = std::min(T, r + shape_.logits_rows);
+      const auto chunk = targets.subspan(static_cast<std::size_t>(r), static_cast<std::size_t>(end - r));
+      const View<float, dyn, dyn> logits = slice(b.logits, 0, end - r), normed = slice(b.final_normed, r, end);
+      const View<float, dyn, dyn> d_normed = slice(View<float, dyn, dyn>(b.gradients.normed), r, end);
+      if (std::none_of(chunk.begin(), chunk.end(), [](std::int32_t t) { return t >= 0; })) {
+        fill(*dev_, b.losses + r, end - r, 0.0f);
+        if (gradient) fill(*dev_, d_normed.data(), d_normed.size(), 0.0f);
+        continue;
+      }
+      matmul(*dev_, logits, normed, matrix);
+      cross_entropy(*dev_, gradient ? logits : slice(logits, 0, 0), logits, chunk, b.weights + r, b.losses + r);
+      if (!gradient) continue;
+      matmul_backward(*dev_, d_normed, logits, normed, matrix);
+      matrix.how.accumulate = true;
+    }
+    if (gradient && matrix.gradient && !matrix.how.accumulate) fill(*dev_, matrix.gradient, matrix.rows * matrix.columns, 0.0f);  // nothing counted
+  }
+
+  /// The angles of the batch's positions, kept while its sequences stay as they are.
+  void turn(const LearnedWeights<C>& w, std::span<const Sequence> batch) {
+    const auto same = [](const Sequence& a, const Sequence& b) { return a.first_row == b.first_row && a.tokens == b.tokens && a.position == b.position; };
+    if (std::equal(batch.begin(), batch.end(), sequences_.begin(), sequences_.end(), same)) return;
+    const TrainingBuffers<C>& b = *buffers_;
+    detail::rope_angles(w.frequencies, batch, b.cos, b.sin);
+    for (index_t i = 0; i < b.sin.size(); ++i) b.opposite_sin.data()[i] = -b.sin.data()[i];
+    sequences_.assign(batch.begin(), batch.end());
+  }
+
+  D* dev_;
+  TrainingShape shape_;
+  std::unique_ptr<Arena<D>> arena_;
+  std::unique_ptr<TrainingBuffers<C>> buffers_;
+  std::vector<BlockActivations<C>> blocks_;
+  std::vector<View<float, dyn, dyn>> lse_;
+  std::vector<Sequence> sequences_;  // whose angles are there
+};
+
+}  // namespace tinyllama

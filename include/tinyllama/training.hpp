@@ -1,0 +1,6 @@
+// All that training needs, for a CPU program; with the CMake target tinyllama::training.
+#pragma once
+
+#include "tinyllama/tinyllama.hpp"
+#include "tinyllama/train/checkpoint.hpp"
+#include "tinyllama/train/trainer.hpp"
