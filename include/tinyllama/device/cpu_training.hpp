@@ -101,7 +101,8 @@ inline void gemm(Cpu& dev, View<float, dyn, dyn> y, View<const float, dyn, dyn> 
     for (index_t p = 0; p < b_panels; p += detail::gemm_unit_panels) multiply(0, m, p, std::min(b_panels, p + detail::gemm_unit_panels), mine);
     return;
   }
-  dev.parallel_for(a_panels, std::max<index_t>(1, 16384 / panel_elements(k)), [&](index_t first, index_t last) {
+  // Transposed: a kilobyte of each row at a time.
+  dev.parallel_for(a_panels, std::max<index_t>(left.row_stride == 1 ? 16 : 1, 16384 / panel_elements(k)), [&](index_t first, index_t last) {
     pack(packed + static_cast<std::size_t>(first) * panel_bytes, left, first, last);
   });
   // Few columns: rows are split too, and the panels of B packed once more for each part.

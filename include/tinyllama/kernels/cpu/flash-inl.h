@@ -36,7 +36,7 @@ template <class E>
 void FlashPackRows(E* panels, const float* data, index_t ld, index_t rows, index_t k) {
   const index_t stride = panel_elements(k), used = (rows + 15) / 16;
   const Operand from{data, ld, 1, rows, k};
-  for (index_t p = 0; p < used; ++p) PackPanel(panels + p * stride, from, p);
+  for (index_t p = 0; p < used; ++p) PackPanel(panels + p * stride, from, p, 0, k);
   std::memset(static_cast<void*>(panels + used * stride), 0, static_cast<std::size_t>((flash_padded(rows) / 16 - used) * stride) * sizeof(E));
 }
 /// Packs `rows` rows of `columns` columns transposed: a panel is 16 columns, its k the rows, zeros up to whole blocks of 64.
@@ -45,7 +45,7 @@ void FlashPackColumns(E* panels, const float* data, index_t ld, index_t rows, in
   const index_t stride = flash_padded(rows) * 16, used = even(rows) * 16;
   const Operand from{data, 1, ld, columns, rows};
   for (index_t p = 0; p < (columns + 15) / 16; ++p) {
-    PackPanel(panels + p * stride, from, p);
+    PackPanel(panels + p * stride, from, p, 0, rows);
     std::memset(static_cast<void*>(panels + p * stride + used), 0, static_cast<std::size_t>(stride - used) * sizeof(E));
   }
 }

@@ -46,50 +46,51 @@ HWY_INLINE void Transpose16x4(const std::uint32_t* from, index_t ld, std::uint32
 }
 #endif
 
-// Columns [i0, k) of `count` rows, one element at a time: tails, and panels that are not full.
+// Columns [i0, i1) of `count` rows, one element at a time: tails, and panels that are not full.
 template <class E>
-void PackRest(E* panel, const float* rows, const Operand& from, index_t count, index_t i0) {
-  for (index_t i = i0; i < even(from.k); ++i)
+void PackRest(E* panel, const float* rows, const Operand& from, index_t count, index_t i0, index_t i1) {
+  for (index_t i = i0; i < (i1 == from.k ? even(i1) : i1); ++i)
     for (index_t r = 0; r < panel_rows; ++r)
       panel[sizeof(E) == 2 ? i / 2 * 32 + r * 2 + i % 2 : i * 16 + r] =
           static_cast<E>(r < count && i < from.k ? rows[r * from.row_stride + i * from.column_stride] : 0.0f);
 }
 
-HWY_INLINE void PackPanel(float* panel, const Operand& from, index_t p) {
+/// Columns [i0, i1) of panel p, i0 even; the last part, where i1 = from.k, makes k even.
+HWY_INLINE void PackPanel(float* panel, const Operand& from, index_t p, index_t i0, index_t i1) {
   const float* rows = from.data + p * panel_rows * from.row_stride;
   const index_t count = from.rows - p * panel_rows < panel_rows ? from.rows - p * panel_rows : panel_rows;
-  index_t i = 0;
+  index_t i = i0;
   if (count == panel_rows) {
     if (from.row_stride == 1) {
-      for (; i < from.k; ++i) std::memcpy(panel + i * 16, rows + i * from.column_stride, 16 * sizeof(float));
+      for (; i < i1; ++i) std::memcpy(panel + i * 16, rows + i * from.column_stride, 16 * sizeof(float));
     } else {
 #if HWY_TARGET != HWY_SCALAR
-      for (; i + 4 <= from.k; i += 4)
+      for (; i + 4 <= i1; i += 4)
         Transpose16x4(reinterpret_cast<const std::uint32_t*>(rows + i), from.row_stride, reinterpret_cast<std::uint32_t*>(panel + i * 16));
 #endif
     }
   }
-  PackRest(panel, rows, from, count, i);
+  PackRest(panel, rows, from, count, i, i1);
 }
 
-HWY_INLINE void PackPanel(bf16* panel, const Operand& from, index_t p) {
+HWY_INLINE void PackPanel(bf16* panel, const Operand& from, index_t p, index_t i0, index_t i1) {
   const float* rows = from.data + p * panel_rows * from.row_stride;
   const index_t count = from.rows - p * panel_rows < panel_rows ? from.rows - p * panel_rows : panel_rows;
-  index_t i = 0;
+  index_t i = i0;
 #if HWY_TARGET != HWY_SCALAR
   const D d;
   const DU du;
   auto* to = reinterpret_cast<std::uint32_t*>(panel);
   if (count == panel_rows) {
     if (from.row_stride == 1) {
-      for (; i + 2 <= from.k; i += 2)
+      for (; i + 2 <= i1; i += 2)
         for (index_t s = 0; s < 16; s += lanes) {
           const float* at = rows + i * from.column_stride + s;
           hn::StoreU(RoundedPairs(hn::LoadU(d, at), hn::LoadU(d, at + from.column_stride)), du, to + i * 8 + s);
         }
     } else {
       alignas(64) std::uint32_t pairs[16 * lanes];
-      for (; i + 2 * lanes <= from.k; i += 2 * lanes) {
+      for (; i + 2 * lanes <= i1; i += 2 * lanes) {
         for (index_t r = 0; r < 16; ++r) {
           const float* at = rows + r * from.row_stride + i;
           const V low = hn::LoadU(d, at), high = hn::LoadU(d, at + lanes);
@@ -100,15 +101,19 @@ HWY_INLINE void PackPanel(bf16* panel, const Operand& from, index_t p) {
     }
   }
 #endif
-  PackRest(panel, rows, from, count, i);
+  PackRest(panel, rows, from, count, i, i1);
 }
 
-void pack_f32(float* panels, const Operand& from, index_t first, index_t last) {
-  for (index_t p = first; p < last; ++p) PackPanel(panels + p * panel_elements(from.k), from, p);
+/// A transposed operand is read some columns at a time for all panels: its rows lie pages apart, and each page is then visited once.
+/// (Asking for the rows ahead of their turn gave nothing, Zen 4.)
+template <class E>
+void PackPanels(E* panels, const Operand& from, index_t first, index_t last) {
+  const index_t step = from.row_stride == 1 ? 32 : from.k;
+  for (index_t i = 0; i < from.k; i += step)
+    for (index_t p = first; p < last; ++p) PackPanel(panels + p * panel_elements(from.k), from, p, i, from.k - i < step ? from.k : i + step);
 }
-void pack_bf16(bf16* panels, const Operand& from, index_t first, index_t last) {
-  for (index_t p = first; p < last; ++p) PackPanel(panels + p * panel_elements(from.k), from, p);
-}
+void pack_f32(float* panels, const Operand& from, index_t first, index_t last) { PackPanels(panels, from, first, last); }
+void pack_bf16(bf16* panels, const Operand& from, index_t first, index_t last) { PackPanels(panels, from, first, last); }
 
 // ---- tiles -------------------------------------------------------------------------------------------------------------------------
 
