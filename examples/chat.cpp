@@ -122,6 +122,6 @@ int main(int argc, char** argv) {
     action.sa_handler = [](int) { interrupted = true; };  // without SA_RESTART, so that reading a line ends too
     if (once.empty()) sigaction(SIGINT, &action, nullptr);
     tl::Cpu dev({.threads = model.threads, .kernels = nullptr});
-    tl::load_any(dev, tl::open_checkpoint(model.path), model.load(), [&](const auto& m) { chat(m, options, format, system, once); });
+    example::load_model(dev, tl::open_checkpoint(model.path), model, model.load(), [&](const auto& m) { chat(m, options, format, system, once); });
   });
 }

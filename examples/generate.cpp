@@ -19,7 +19,7 @@ void run(const example::ModelOptions& m, const std::string& prompt, tl::Generate
   const std::size_t before = example::status_bytes("VmRSS");
   tl::Cpu dev({.threads = m.threads, .kernels = nullptr});
   const tl::Checkpoint file = tl::open_checkpoint(m.path);
-  tl::load_any(dev, file, m.load(json), [&](const auto& model) {
+  example::load_model(dev, file, m, m.load(json), [&](const auto& model) {
     auto session = model.start();
     if (!json) options.progress = example::progress("reading the prompt");
     auto generation = tl::generate(session, prompt, options);

@@ -26,7 +26,7 @@ int main(int argc, char** argv) {
     tl::Cpu dev({.threads = model.threads, .kernels = nullptr});
     tl::LoadOptions load = model.load();
     load.tokenizer = false;
-    tl::load_any(dev, tl::open_checkpoint(model.path), load, [&](const auto& m) {
+    example::load_model(dev, tl::open_checkpoint(model.path), model, load, [&](const auto& m) {
       auto session = m.start();
       const std::size_t T = ids.size(), V = static_cast<std::size_t>(m.config().vocab), n = step ? 1 : static_cast<std::size_t>(chunk);
       std::vector<float> all;

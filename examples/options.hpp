@@ -2,6 +2,7 @@
 #pragma once
 
 #include <tinyllama/tinyllama.hpp>
+#include <tinyllama/train/adapted.hpp>
 
 #include <string>
 
@@ -10,11 +11,12 @@
 namespace example {
 
 struct ModelOptions {
-  std::string path, compute = "auto", cache = "f16";
+  std::string path, adapter, compute = "auto", cache = "f16";
   int threads = 0;
 
   void add_to(CLI::App& app) {
     app.add_option("--model", path, "a GGUF file or a folder in Hugging Face layout")->required();
+    app.add_option("--adapter", adapter, "a folder of LoRA adapters in PEFT's layout, added to the model");
     app.add_option("--threads", threads, "threads; 0: one for each core")->check(CLI::NonNegativeNumber);
     app.add_option("--dtype", compute, "arithmetic of the matrix products: auto, f32, bf16 or int8 (block formats)")->check(CLI::IsMember({"auto", "f32", "bf16", "int8"}));
     app.add_option("--cache", cache, "format of the KV cache")->check(CLI::IsMember({"f32", "f16", "bf16"}));
@@ -28,6 +30,13 @@ struct ModelOptions {
     return {.compute = compute_format(), .cache = cache_format(), .progress = quiet ? std::function<void(std::size_t, std::size_t)>() : progress("loading")};
   }
 };
+
+/// f(model): the preset that fits the file, or with adapters a model of any shape.
+template <class F>
+void load_model(tinyllama::Cpu& dev, const tinyllama::Checkpoint& file, const ModelOptions& m, const tinyllama::LoadOptions& options, F&& f) {
+  if (m.adapter.empty()) tinyllama::load_any(dev, file, options, f);
+  else f(tinyllama::load_adapted(dev, file, m.adapter, options));
+}
 
 inline void add_generate_options(CLI::App& app, tinyllama::GenerateOptions& o) {
   app.add_option("--max-tokens", o.max_tokens, "tokens at most")->check(CLI::NonNegativeNumber)->capture_default_str();

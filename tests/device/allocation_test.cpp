@@ -7,6 +7,7 @@
 
 #include "tests/kernels/agree.hpp"
 #include "tinyllama/device/cpu.hpp"
+#include "tinyllama/train/trainer.hpp"
 
 namespace {
 
@@ -36,6 +37,10 @@ long count(F&& f) {
   counting = false;
   return allocations;
 }
+
+struct tiny : llama_defaults {
+  static constexpr int layers = 2, hidden = 64, heads = 4, kv_heads = 2, ffn = 96, vocab = 300, context = 64;
+};
 
 }  // namespace
 
@@ -126,4 +131,22 @@ TEST_CASE("scratch reserved as documented is enough: not even the first matmul o
   Cpu dev({.threads = 2});
   dev.reserve_scratch(Cpu::attention_scratch(shape, 4, 4, 1003));
   CHECK(count([&] { dev.attention({out.data(), {54, 256}}, {q.data(), {54, 256}}, shape, 0, batch); }) == 0);
+}
+
+TEST_CASE("after the first step of a shape, training allocates nothing") {
+  std::vector<std::int32_t> ids(256), targets(256);
+  for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<std::int32_t>(i * 7 % 300), targets[i] = static_cast<std::int32_t>(i * 11 % 300);
+  for (const int threads : {1, 3})
+    for (const Checkpointing how : {Checkpointing::none, Checkpointing::selective, Checkpointing::layer})
+      for (const bool lora : {false, true}) {
+        CAPTURE(threads);
+        CAPTURE(static_cast<int>(how));
+        CAPTURE(lora);
+        Cpu dev({.threads = threads});
+        TrainerOptions options{.checkpointing = how, .tokens = 32, .micro_rows = 2, .logits_rows = 40};
+        if (lora) options.lora = LoraOptions{.rank = 4, .dropout = 0.1f, .slots = AdapterSlots::every()};
+        Trainer<tiny> trainer(dev, options);
+        trainer.step(ids, targets);
+        CHECK(count([&] { for (int i = 0; i < 3; ++i) trainer.step(ids, targets), trainer.evaluate(ids, targets); }) == 0);
+      }
 }

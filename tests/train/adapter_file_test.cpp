@@ -74,8 +74,9 @@ TEST_CASE("adapters: one list, A then B, without gaps") {
   });
   CHECK(adapter_parameter_count(small, every) == end);
   CHECK(stems.size() == 14);
-  CHECK(std::vector(stems.begin(), stems.begin() + 7) ==
-        std::vector<std::string>{"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"});
+  CHECK(std::vector(stems.begin(), stems.begin() + 7) == std::vector<std::string>{"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                                                                                  "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+                                                                                  "mlp.down_proj"});
   // q: 16x16, k and v: 8x16, o: 16x16, gate and up: 24x16, down: 16x24
   CHECK(end == 2 * 3 * (32 + 24 + 24 + 32 + 40 + 40 + 40));
   CHECK(adapter_parameter_count(tinyllama_1b{}, {}) == 22 * 8 * (4096 + 2048 + 256));  // q and v at rank 8
@@ -143,11 +144,13 @@ TEST_CASE("adapters: saved and loaded") {
 TEST_CASE("adapters: a config as PEFT 0.21 writes it") {
   Saved s;
   std::ofstream(s.folder / "adapter_config.json") << R"({
-  "alora_invocation_tokens": null, "alpha_pattern": {}, "arrow_config": null, "auto_mapping": null, "base_model_name_or_path": "org/model", "bias": "none",
+  "alora_invocation_tokens": null, "alpha_pattern": {}, "arrow_config": null, "auto_mapping": null,
+  "base_model_name_or_path": "org/model", "bias": "none",
   "corda_config": null, "ensure_weight_tying": false, "eva_config": null, "exclude_modules": null, "fan_in_fan_out": false, "inference_mode": true,
   "init_lora_weights": true, "kasa_config": null, "layer_replication": null, "layers_pattern": null, "layers_to_transform": null, "loftq_config": {},
   "lora_alpha": 8, "lora_bias": false, "lora_dropout": 0.05, "lora_ga_config": null, "megatron_config": null, "megatron_core": "megatron.core",
-  "modules_to_save": null, "monteclora_config": null, "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16, "r": 2, "rank_pattern": {},
+  "modules_to_save": null, "monteclora_config": null, "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16, "r": 2,
+  "rank_pattern": {},
   "revision": null, "target_modules": ["down_proj", "v_proj"], "target_parameters": null, "task_type": "CAUSAL_LM", "trainable_token_indices": null,
   "use_bdlora": null, "use_dora": false, "use_qalora": false, "use_rslora": false, "velora_config": null})";
   const LoadedAdapters back = load_adapters(s.folder.path(), small);
@@ -171,7 +174,8 @@ TEST_CASE("adapters: what other programs write") {
   expected.dropout = 0;
   CHECK(load_adapters(s.folder.path(), small).options == expected);
   s.config([](json& j) {  // all-linear as PEFT 0.21 writes it down: every module by its whole name
-    j["target_modules"] = {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.v_proj", "model.layers.0.self_attn.v_proj"};
+    j["target_modules"] = {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.v_proj",
+                           "model.layers.0.self_attn.v_proj"};
   });
   CHECK(load_adapters(s.folder.path(), small).options == expected);
   // Half-precision tensors: these values are exact in both formats.
@@ -225,7 +229,11 @@ TEST_CASE("adapters: a config that cannot be used") {
   with([](json& j) { j["target_modules"] = json::array(); }, "slots");
   with([](json& j) { j["target_modules"] = {"q_proj", "lm_head"}; }, "found \"lm_head\"");
   with([](json& j) { j["target_modules"] = {"q_proj", 7}; }, "target_modules");
-  with([](json& j) { j["target_modules"] = {"v_proj", "model.layers.1.mlp.down_proj"}; }, "in all 2 layers or in none, found 1 with model.layers.1.mlp.down_proj");
+  with(
+      [](json& j) {
+        j["target_modules"] = {"v_proj", "model.layers.1.mlp.down_proj"};
+      },
+      "in all 2 layers or in none, found 1 with model.layers.1.mlp.down_proj");
   with([](json& j) { j["target_modules"] = {"v_proj", "model.layers.2.mlp.down_proj"}; }, "found \"model.layers.2.mlp.down_proj\"");
   with([](json& j) { j["target_modules"] = ".*proj"; }, "a list of modules, or all-linear");
   with([](json& j) { j["use_rslora"] = true; }, "use_rslora: expected false, found true (not supported)");
@@ -237,7 +245,8 @@ TEST_CASE("adapters: a config that cannot be used") {
   with([](json& j) { j["alpha_pattern"] = {{"q_proj", 4}}; }, "alpha_pattern");
   with([](json& j) { j["modules_to_save"] = {"lm_head"}; }, "modules_to_save");
   with([](json& j) { j["layers_to_transform"] = 1; }, "layers_to_transform");
-  with([](json& j) { j["init_lora_weights"] = "pissa_niter_4"; }, "init_lora_weights: expected true, false, gaussian, eva or orthogonal, found \"pissa_niter_4\"");
+  with([](json& j) { j["init_lora_weights"] = "pissa_niter_4"; },
+       "init_lora_weights: expected true, false, gaussian, eva or orthogonal, found \"pissa_niter_4\"");
   Saved s;
   std::ofstream(s.folder / "adapter_config.json") << "{";
   refuses(s, "valid JSON");
@@ -291,4 +300,34 @@ TEST_CASE("adapters: what cannot be saved") {
   CHECK_THROWS_WITH_AS(save_adapters(folder / "file" / "below", small, two, flat), doctest::Contains("below"), Error);
   CHECK(!std::filesystem::exists(folder / "adapter_config.json"));
   CHECK_THROWS_WITH_AS(initial_adapters(small, LoraOptions{.slots = {}}), doctest::Contains("slots"), Error);
+}
+
+TEST_CASE("adapters: damaged files give an Error or adapters, and nothing else") {
+  const Saved good;
+  for (const char* name : {"adapter_config.json", "adapter_model.safetensors"}) {
+    const std::string bytes = text_of(good.folder / name);
+    int errors = 0, successes = 0;
+    const auto attempt = [&](const std::string& bad) {
+      std::ofstream(good.folder / name, std::ios::binary) << bad;
+      try {
+        const LoadedAdapters a = load_adapters(good.folder.path(), small);
+        REQUIRE(static_cast<std::int64_t>(a.flat.size()) == adapter_parameter_count(small, a.options));
+        ++successes;
+      } catch (const Error&) {
+        ++errors;
+      }
+    };
+    const std::size_t header = std::min<std::size_t>(bytes.size(), 1100);
+    for (std::size_t i = 0; i < header; ++i)
+      for (const int bit : {0, 4, 6}) {
+        std::string bad = bytes;
+        bad[i] = static_cast<char>(bad[i] ^ (1 << bit));
+        attempt(bad);
+      }
+    for (std::size_t n = 0; n < bytes.size(); n += 7) attempt(bytes.substr(0, n));
+    attempt(bytes);
+    CHECK(errors > 1000);
+    CHECK(successes > 0);
+    std::ofstream(good.folder / name, std::ios::binary) << bytes;
+  }
 }

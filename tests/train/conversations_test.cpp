@@ -77,7 +77,8 @@ std::filesystem::path write(const TempFolder& folder, const std::string& text) {
 }  // namespace
 
 TEST_CASE("conversations: the ids are the reference's") {
-  CHECK(check_reference(llama(), ChatTemplate::zephyr, fixture("tokenizer/sentencepiece/zephyr.jsonl"), true, 2) > 0);  // "\n" is "▁" and <0x0A> after </s>
+  CHECK(check_reference(llama(), ChatTemplate::zephyr, fixture("tokenizer/sentencepiece/zephyr.jsonl"), true, 2) >
+        0);  // "\n" is "▁" and <0x0A> after </s>
   CHECK(check_reference(chatml(), ChatTemplate::chatml, fixture("tokenizer/byte_level/chatml.jsonl"), false, 1) > 0);
 }
 
@@ -89,7 +90,8 @@ TEST_CASE("conversations: the ids are the reference's, with SmolLM2's tokenizer"
   }
   const Tokenizer t = load_tokenizer(*file);
   CHECK(check_reference(t, ChatTemplate::chatml, fixture("tokenizer/smollm2_chat.jsonl"), false, 1) > 0);
-  CHECK(learned(t, conversation_sample(t, ChatTemplate::chatml, two_turns)) == std::vector<std::string>{"two, it's<|im_end|>", "four\n\nfive  <|im_end|>"});
+  CHECK(learned(t, conversation_sample(t, ChatTemplate::chatml, two_turns)) ==
+        std::vector<std::string>{"two, it's<|im_end|>", "four\n\nfive  <|im_end|>"});
 }
 
 TEST_CASE("conversations: the ids are the chat's, with Llama 2's tokenizer") {
@@ -137,7 +139,9 @@ TEST_CASE("conversations: what is learned, by template") {
   CHECK(taught(ChatTemplate::human, Answers::all) == Texts{" two, it's### Human:", " four\n\nfive  </s>"});
   CHECK(taught(ChatTemplate::human, Answers::last) == Texts{" four\n\nfive  </s>"});
   // Where another than the user speaks next, nothing marks the end.
-  CHECK(learned(sp, conversation_sample(sp, ChatTemplate::human, Talk{{"user", "a"}, {"assistant", "b"}, {"system", "### Human"}, {"assistant", "c"}})) == Texts{" b", " c</s>"});
+  CHECK(learned(sp,
+                conversation_sample(sp, ChatTemplate::human, Talk{{"user", "a"}, {"assistant", "b"}, {"system", "### Human"}, {"assistant", "c"}})) ==
+        Texts{" b", " c</s>"});
 }
 
 TEST_CASE("conversations: a prompt and its answer are never merged") {
@@ -179,8 +183,9 @@ TEST_CASE("conversations: every layout of a line is the same conversation") {
   const Sample plain = conversation_sample(t, ChatTemplate::zephyr, Talk{{"user", "q"}, {"assistant", "a"}});
   for (const char* line : {R"({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})",
                            R"({"id": 5, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]})",
-                           R"({"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})", R"({"prompt": "q", "completion": "a"})",
-                           R"({"prompt": "q", "response": "a"})", R"({"question": "q", "answer": "a", "system": ""})", R"({"instruction": "q", "input": "", "output": "a"})",
+                           R"({"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})",
+                           R"({"prompt": "q", "completion": "a"})", R"({"prompt": "q", "response": "a"})",
+                           R"({"question": "q", "answer": "a", "system": ""})", R"({"instruction": "q", "input": "", "output": "a"})",
                            R"({"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]})"}) {
     INFO(line);
     CHECK(first(line) == plain);
@@ -188,14 +193,16 @@ TEST_CASE("conversations: every layout of a line is the same conversation") {
   const Sample system = conversation_sample(t, ChatTemplate::zephyr, Talk{{"system", "s"}, {"user", "q"}, {"assistant", "a"}});
   CHECK(first(R"({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]})") == system);
   CHECK(first(R"({"system": "s", "question": "q", "answer": "a"})") == system);
-  CHECK(first(R"({"instruction": "q", "input": "i", "output": "a"})") == conversation_sample(t, ChatTemplate::zephyr, Talk{{"user", "q\n\ni"}, {"assistant", "a"}}));
+  CHECK(first(R"({"instruction": "q", "input": "i", "output": "a"})") ==
+        conversation_sample(t, ChatTemplate::zephyr, Talk{{"user", "q\n\ni"}, {"assistant", "a"}}));
 }
 
 TEST_CASE("conversations: a file, its report, and samples that are too long") {
   const TempFolder folder;
   const Tokenizer t = llama();
   const std::string shorter = R"({"question": "q", "answer": "a"})", longer = R"({"question": "q", "answer": "aaaa bbbb cccc dddd eeee ffff"})",
-                    prompt = R"({"question": "a very long question, which fills the row", "answer": "a"})", silent = R"({"messages": [{"role": "user", "content": "q"}]})";
+                    prompt = R"({"question": "a very long question, which fills the row", "answer": "a"})",
+                    silent = R"({"messages": [{"role": "user", "content": "q"}]})";
   const auto path = write(folder, "\xef\xbb\xbf" + shorter + "\r\n\n  \n" + longer + "\n" + silent + "\n" + prompt);
   const auto all = read_conversations(path, t, {.chat_template = ChatTemplate::zephyr});
   CHECK(all.lines == 4);
@@ -222,7 +229,8 @@ TEST_CASE("conversations: a file, its report, and samples that are too long") {
   CHECK(expected.counted() > 0);
 
   // Without a template by name it is the vocabulary's.
-  CHECK(read_conversations(write(folder, shorter), chatml()).samples[0] == conversation_sample(chatml(), ChatTemplate::chatml, Talk{{"user", "q"}, {"assistant", "a"}}));
+  CHECK(read_conversations(write(folder, shorter), chatml()).samples[0] ==
+        conversation_sample(chatml(), ChatTemplate::chatml, Talk{{"user", "q"}, {"assistant", "a"}}));
   CHECK_THROWS_WITH_AS(read_conversations(path, t), doctest::Contains("chat template"), Error);
 }
 
@@ -233,7 +241,8 @@ TEST_CASE("conversations: bad lines are named") {
   const auto refuses = [&](const std::string& line, const char* what) {
     INFO(line);
     const auto path = write(folder, good + "\n\n" + line + "\n" + good);
-    CHECK_THROWS_WITH_AS(read_conversations(path, t, {.chat_template = ChatTemplate::zephyr}), doctest::Contains((path.string() + ":3: ").c_str()), Error);
+    CHECK_THROWS_WITH_AS(read_conversations(path, t, {.chat_template = ChatTemplate::zephyr}), doctest::Contains((path.string() + ":3: ").c_str()),
+                         Error);
     CHECK_THROWS_WITH_AS(read_conversations(path, t, {.chat_template = ChatTemplate::zephyr}), doctest::Contains(what), Error);
   };
   refuses(R"({"question": "q", "answer": )", "valid JSON");
@@ -251,7 +260,8 @@ TEST_CASE("conversations: bad lines are named") {
   refuses(R"({"messages": "hello"})", "a list of messages");
   refuses(R"({"messages": []})", "a list of messages");
   refuses(R"({"messages": ["hello"]})", "messages[0]");
-  refuses(R"({"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "x"}]})", "messages[1]: expected the role system, user or assistant, found 'tool'");
+  refuses(R"({"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "x"}]})",
+          "messages[1]: expected the role system, user or assistant, found 'tool'");
   refuses(R"({"messages": [{"role": "user"}]})", "content");
   refuses(R"({"messages": [{"content": "q"}]})", "role");
   refuses(R"({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]})", "content: expected a string");
@@ -260,6 +270,35 @@ TEST_CASE("conversations: bad lines are named") {
   CHECK_THROWS_WITH_AS(read_conversations(folder / "none.jsonl", t), doctest::Contains("none.jsonl"), Error);
   CHECK_THROWS_AS(read_conversations(write(folder, ""), t), Error);
   CHECK_THROWS_WITH_AS(read_conversations(write(folder, "\n\n"), t, {.chat_template = ChatTemplate::zephyr}), doctest::Contains("0 lines"), Error);
-  CHECK_THROWS_WITH_AS(read_conversations(write(folder, good), t, {.chat_template = ChatTemplate::zephyr, .max_tokens = 3}), doctest::Contains("1 too long"), Error);
+  CHECK_THROWS_WITH_AS(read_conversations(write(folder, good), t, {.chat_template = ChatTemplate::zephyr, .max_tokens = 3}),
+                       doctest::Contains("1 too long"), Error);
   CHECK_THROWS_WITH_AS(read_conversations(write(folder, good), t, {.max_tokens = 0}), doctest::Contains("max_tokens"), Error);
+}
+
+TEST_CASE("conversations: damaged lines give an Error or a sample, and nothing else") {
+  const TempFolder folder;
+  const Tokenizer t = chatml();
+  for (const std::string& good : {std::string(R"({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a\u00e9"}]})"),
+                                  std::string(R"({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]})"),
+                                  std::string(R"({"prompt": "q", "completion": [{"role": "assistant", "content": "a"}]})")}) {
+    int errors = 0, successes = 0;
+    const auto attempt = [&](const std::string& bad) {
+      try {
+        for (const Sample& s : read_conversations(write(folder, bad), t).samples) REQUIRE(s.ids.size() == s.targets.size());
+        ++successes;
+      } catch (const Error&) {
+        ++errors;
+      }
+    };
+    for (std::size_t i = 0; i < good.size(); ++i) {
+      attempt(good.substr(0, i));
+      for (int bit = 0; bit < 8; ++bit) {
+        std::string bad = good;
+        bad[i] = static_cast<char>(bad[i] ^ (1 << bit));
+        attempt(bad);
+      }
+    }
+    CHECK(errors > 100);
+    CHECK(successes > 10);
+  }
 }

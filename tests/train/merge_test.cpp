@@ -24,7 +24,8 @@ struct shape : llama_defaults {
 }  // namespace
 
 TEST_CASE("merge: W + (alpha / rank) B A, and nothing else changes") {
-  for (const LoraOptions& options : {LoraOptions{}, LoraOptions{.rank = 1, .alpha = 0.7f, .slots = AdapterSlots::every()}, LoraOptions{.rank = 5, .alpha = 3, .slots = {Slot::k, Slot::down}}}) {
+  for (const LoraOptions& options : {LoraOptions{}, LoraOptions{.rank = 1, .alpha = 0.7f, .slots = AdapterSlots::every()},
+                                     LoraOptions{.rank = 5, .alpha = 3, .slots = {Slot::k, Slot::down}}}) {
     const shape c;
     const auto before = noise(parameter_count(c), 1), adapters = noise(adapter_parameter_count(c, options), 2);
     auto after = before;
@@ -38,7 +39,8 @@ TEST_CASE("merge: W + (alpha / rank) B A, and nothing else changes") {
           for (index_t i = 0; i < p.columns; ++i) {
             const auto at = static_cast<std::size_t>(offset + r * p.columns + i);
             for (index_t k = 0; k < a.rank; ++k) {
-              const double term = static_cast<double>(options.alpha) / options.rank * static_cast<double>(adapters[static_cast<std::size_t>(a.b + r * a.rank + k)]) *
+              const double term = static_cast<double>(options.alpha) / options.rank *
+                                  static_cast<double>(adapters[static_cast<std::size_t>(a.b + r * a.rank + k)]) *
                                   static_cast<double>(adapters[static_cast<std::size_t>(a.a + k * p.columns + i)]);
               expected[at] += term;
               size[at] += std::abs(term);
@@ -68,7 +70,8 @@ TEST_CASE("merge: W + (alpha / rank) B A, and nothing else changes") {
     unmerge_adapters(c, options, after, adapters);
     double worst = 0;
     for (std::size_t i = 0; i < after.size(); ++i)
-      worst = std::max(worst, std::abs(static_cast<double>(after[i]) - static_cast<double>(before[i])) / std::max(1e-3, std::abs(expected[i]) + std::abs(static_cast<double>(before[i]))));
+      worst = std::max(worst, std::abs(static_cast<double>(after[i]) - static_cast<double>(before[i])) /
+                                  std::max(1e-3, std::abs(expected[i]) + std::abs(static_cast<double>(before[i]))));
     CHECK(worst <= 2 * unit);
   }
 }

@@ -37,8 +37,10 @@ TEST_CASE("preferences: every layout of a line is the same pair") {
   const Tokenizer t = llama();
   const Sample chosen = conversation_sample(t, ChatTemplate::zephyr, Talk{{"user", "q"}, {"assistant", "good"}});
   const Sample rejected = conversation_sample(t, ChatTemplate::zephyr, Talk{{"user", "q"}, {"assistant", "very bad"}});
-  const std::string user = R"({"role": "user", "content": "q"})", good = R"({"role": "assistant", "content": "good"})", bad = R"({"role": "assistant", "content": "very bad"})";
-  for (const std::string& line : {std::string(R"({"prompt": "q", "chosen": "good", "rejected": "very bad"})"), std::string(R"({"question": "q", "chosen": "good", "rejected": "very bad", "score": 3})"),
+  const std::string user = R"({"role": "user", "content": "q"})", good = R"({"role": "assistant", "content": "good"})",
+                    bad = R"({"role": "assistant", "content": "very bad"})";
+  for (const std::string& line : {std::string(R"({"prompt": "q", "chosen": "good", "rejected": "very bad"})"),
+                                  std::string(R"({"question": "q", "chosen": "good", "rejected": "very bad", "score": 3})"),
                                   R"({"prompt": [)" + user + R"(], "chosen": "good", "rejected": "very bad"})",
                                   R"({"prompt": [)" + user + R"(], "chosen": [)" + good + R"(], "rejected": [)" + bad + "]}",
                                   R"({"prompt": "q", "chosen": [)" + user + "," + good + R"(], "rejected": [)" + user + "," + bad + "]}",
@@ -66,7 +68,8 @@ TEST_CASE("preferences: of a longer conversation only what differs is learned") 
 TEST_CASE("preferences: a file and its report") {
   const TempFolder folder;
   const Tokenizer t = llama();
-  const std::string pair = R"({"prompt": "q", "chosen": "good", "rejected": "bad"})", same = R"({"prompt": "q", "chosen": "good", "rejected": "good"})",
+  const std::string pair = R"({"prompt": "q", "chosen": "good", "rejected": "bad"})",
+                    same = R"({"prompt": "q", "chosen": "good", "rejected": "good"})",
                     big = R"({"prompt": "q", "chosen": "good", "rejected": "a long and winding answer that says nothing at all"})";
   const auto path = write(folder, pair + "\n" + same + "\n\n" + big + "\n");
   const auto all = read_preferences(path, t, zephyr);
@@ -103,11 +106,15 @@ TEST_CASE("preferences: bad lines are named") {
   refuses("{", "valid JSON");
   const std::string ends = R"([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"}])";
   refuses(R"({"prompt": "q", "rejected": "bad", "chosen": )" + ends + "}", "an assistant's message as the last, found user's");
-  const auto talk = [](const char* q, const char* a) { return std::string(R"([{"role": "user", "content": ")") + q + R"("}, {"role": "assistant", "content": ")" + a + R"("}])"; };
+  const auto talk = [](const char* q, const char* a) {
+    return std::string(R"([{"role": "user", "content": ")") + q + R"("}, {"role": "assistant", "content": ")" + a + R"("}])";
+  };
   refuses(R"({"chosen": )" + talk("q", "good") + R"(, "rejected": )" + talk("other", "bad") + "}", "differ at 0, the user's");
 
-  CHECK_THROWS_WITH_AS(read_preferences(write(folder, R"({"prompt": "q", "chosen": "a", "rejected": "a"})"), t, zephyr), doctest::Contains("1 with equal answers"), Error);
-  CHECK_THROWS_WITH_AS(preference_pair(t, ChatTemplate::zephyr, Talk{{"user", "a"}, {"assistant", "b"}}, Talk{{"user", "a"}, {"assistant", "b"}, {"user", "c"}, {"assistant", "d"}}),
+  CHECK_THROWS_WITH_AS(read_preferences(write(folder, R"({"prompt": "q", "chosen": "a", "rejected": "a"})"), t, zephyr),
+                       doctest::Contains("1 with equal answers"), Error);
+  CHECK_THROWS_WITH_AS(preference_pair(t, ChatTemplate::zephyr, Talk{{"user", "a"}, {"assistant", "b"}},
+                                       Talk{{"user", "a"}, {"assistant", "b"}, {"user", "c"}, {"assistant", "d"}}),
                        doctest::Contains("the beginning of the other"), Error);
   CHECK_THROWS_WITH_AS(read_preferences(folder / "none.jsonl", t), doctest::Contains("none.jsonl"), Error);
   CHECK_THROWS_WITH_AS(read_preferences(folder / "none.jsonl", t, {.max_tokens = -1}), doctest::Contains("max_tokens"), Error);

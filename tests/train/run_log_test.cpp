@@ -191,7 +191,9 @@ TEST_CASE("svg: hardly anything to draw, and nothing") {
 
 TEST_CASE("svg: what cannot be drawn") {
   const TempFolder folder;
-  const auto refuses = [&](const Curve& c, const char* what) { CHECK_THROWS_WITH_AS(write_loss_svg(folder / "loss.svg", std::vector{c}), doctest::Contains(what), Error); };
+  const auto refuses = [&](const Curve& c, const char* what) {
+    CHECK_THROWS_WITH_AS(write_loss_svg(folder / "loss.svg", std::vector{c}), doctest::Contains(what), Error);
+  };
   refuses({.name = "c", .steps = {1, 2}, .values = {1}}, "c: expected 2 values, found 1");
   refuses({.name = "c", .steps = {2, 1}, .values = {1, 1}}, "steps that rise");
   refuses({.name = "c", .steps = {missing}, .values = {1}}, "steps that rise");

@@ -12,7 +12,8 @@ namespace {
 /// Lengths as short and long conversations have them.
 std::vector<index_t> some_lengths(std::size_t n, index_t most, std::uint32_t seed = 1) {
   std::vector<index_t> out;
-  for (std::uint32_t x = seed; out.size() < n; x = x * 1664525u + 1013904223u) out.push_back(1 + static_cast<index_t>((x >> 8) % static_cast<std::uint32_t>(most)));
+  for (std::uint32_t x = seed; out.size() < n; x = x * 1664525u + 1013904223u)
+    out.push_back(1 + static_cast<index_t>((x >> 8) % static_cast<std::uint32_t>(most)));
   return out;
 }
 
@@ -35,7 +36,8 @@ void check_sound(const Packing& p, std::span<const index_t> lengths) {
     total += at;
   }
   CHECK(std::all_of(seen.begin(), seen.end(), [](int n) { return n == 1; }));
-  if (!p.rows.empty()) CHECK(p.fill_rate() == doctest::Approx(static_cast<double>(total) / static_cast<double>(p.tokens * static_cast<index_t>(p.rows.size()))));
+  if (!p.rows.empty())
+    CHECK(p.fill_rate() == doctest::Approx(static_cast<double>(total) / static_cast<double>(p.tokens * static_cast<index_t>(p.rows.size()))));
 }
 
 }  // namespace
@@ -117,7 +119,8 @@ TEST_CASE("packing: inputs, targets and sequences of a row") {
 }
 
 TEST_CASE("packing: what cannot be packed") {
-  CHECK_THROWS_WITH_AS(pack_samples(std::vector<index_t>{3, 9}, {.tokens = 8}), doctest::Contains("sample 1: expected 1 to 8 tokens, found 9"), Error);
+  CHECK_THROWS_WITH_AS(pack_samples(std::vector<index_t>{3, 9}, {.tokens = 8}), doctest::Contains("sample 1: expected 1 to 8 tokens, found 9"),
+                       Error);
   CHECK_THROWS_WITH_AS(pack_samples(std::vector<index_t>{0}, {.tokens = 8}), doctest::Contains("sample 0"), Error);
   CHECK_THROWS_WITH_AS(pack_samples(std::vector<index_t>{}, {.tokens = 0}), doctest::Contains("tokens"), Error);
   const std::vector<Sample> samples{{{1, 2, 3}, {2, 3, 4}}};

@@ -89,6 +89,12 @@ TEST_CASE("schedule: stages, where the cosine goes on while the batch grows") {
   for (std::int64_t step = 80; step <= 85; ++step) CHECK(run.at(step) == cosine.at(80 + 4 * (step - 80)));
   CHECK(run.at(85) == 0.1f);  // as many tokens as the cosine was planned for
 
+  StagedSchedule fast = run;  // what an earlier stage's pace did to the clock stays
+  fast.stages[0].pace = 0.5;
+  CHECK(fast.at(59) == static_cast<float>(cosine.value(29.5)));
+  CHECK(fast.at(60) == cosine.at(30));
+  CHECK(fast.at(81) == cosine.at(54));
+
   run.stages[1].multiplier = 0.5;
   CHECK(run.at(59) == cosine.at(59));
   CHECK(run.at(60) == near(0.5 * static_cast<double>(cosine.at(60))));
@@ -107,8 +113,10 @@ TEST_CASE("schedule: through JSON and back") {
   const Schedule s{.decay = Decay::wsd_sqrt, .peak = 3e-4, .minimum = 1e-6, .warmup = 7, .steps = 1'000'000'007, .decay_steps = 12};
   CHECK(json::parse(json(s).dump()).get<Schedule>() == s);
   CHECK(json(s)["decay"] == "wsd_sqrt");
-  StagedSchedule run{.schedule = tinyllama_schedule, .stages = {{.name = "a", .steps = 5, .multiplier = 0.5, .pace = 4, .schedule = s, .rows = 3, .weights = {0.25, 0.75}, .ramp_steps = 2},
-                                                                {.steps = 6}}};
+  StagedSchedule run{
+      .schedule = tinyllama_schedule,
+      .stages = {{.name = "a", .steps = 5, .multiplier = 0.5, .pace = 4, .schedule = s, .rows = 3, .weights = {0.25, 0.75}, .ramp_steps = 2},
+                 {.steps = 6}}};
   CHECK(json::parse(json(run).dump()).get<StagedSchedule>() == run);
   run.stages.clear();
   CHECK(json::parse(json(run).dump()).get<StagedSchedule>() == run);

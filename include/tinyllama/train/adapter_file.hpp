@@ -1,4 +1,4 @@
-// LoRA adapters (arXiv 2106.09685): the list of their matrices in one flat array, and PEFT's folder of them.
+// LoRA adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors.
 #pragma once
 
 #include <algorithm>
@@ -24,106 +24,9 @@
 #include "tinyllama/io/json.hpp"
 #include "tinyllama/io/safetensors.hpp"
 #include "tinyllama/quant/codec.hpp"
+#include "tinyllama/train/adapters.hpp"
 
 namespace tinyllama {
-
-/// Which of a layer's matrices have adapters: AdapterSlots{Slot::q, Slot::v}.
-class AdapterSlots {
- public:
-  constexpr AdapterSlots() = default;
-  /// Throws Error for a slot that is no matrix of a layer.
-  constexpr AdapterSlots(std::initializer_list<Slot> slots) {
-    for (const Slot s : slots) add(s);
-  }
-  static constexpr std::array<Slot, 7> all{Slot::q, Slot::k, Slot::v, Slot::o, Slot::gate, Slot::up, Slot::down};
-  static constexpr AdapterSlots every() {
-    AdapterSlots s;
-    for (const Slot slot : all) s.add(slot);
-    return s;
-  }
-  constexpr void add(Slot s) {
-    if (std::find(all.begin(), all.end(), s) == all.end()) throw Error("adapters", "slot", "q, k, v, o, gate, up or down", std::to_string(static_cast<int>(s)));
-    bits_ |= bit(s);
-  }
-  constexpr bool contains(Slot s) const { return (bits_ & bit(s)) != 0; }
-  constexpr bool empty() const { return bits_ == 0; }
-  bool operator==(const AdapterSlots&) const = default;
-
- private:
-  static constexpr std::uint32_t bit(Slot s) { return std::uint32_t{1} << static_cast<unsigned>(s); }
-  std::uint32_t bits_ = 0;
-};
-
-/// W x becomes W x + (alpha / rank) B (A dropout(x)).
-struct LoraOptions {
-  int rank = 8;
-  float alpha = 16;
-  float dropout = 0;  // probability, in training only
-  AdapterSlots slots = {Slot::q, Slot::v};
-  std::uint64_t seed = 0;  // of A's initial values
-
-  float scale() const { return alpha / static_cast<float>(rank); }
-  bool operator==(const LoraOptions&) const = default;
-};
-
-/// The adapter of one matrix W [rows, columns]: A [rank, columns] and, right after it, B [rows, rank], at these places of the flat array.
-struct Adapter {
-  Parameter target;
-  index_t rank = 0;
-  index_t a = 0, b = 0;  // offsets
-  constexpr index_t a_size() const { return rank * target.columns; }
-  constexpr index_t b_size() const { return target.rows * rank; }
-  constexpr index_t end() const { return b + b_size(); }
-};
-
-/// Calls f(Adapter) for every adapter, in the order of for_each_parameter.
-template <Config C, class F>
-void for_each_adapter(const C& c, const LoraOptions& options, F&& f) {
-  index_t offset = 0;
-  for_each_parameter(c, [&](const Parameter& p) {
-    if (!options.slots.contains(p.slot)) return;
-    const Adapter adapter{p, options.rank, offset, offset + options.rank * p.columns};
-    offset = adapter.end();
-    f(adapter);
-  });
-}
-
-/// Number of weights of all adapters: the length of the flat array.
-template <Config C>
-std::int64_t adapter_parameter_count(const C& c, const LoraOptions& options) {
-  std::int64_t n = 0;
-  for_each_adapter(c, options, [&](const Adapter& a) { n = a.end(); });
-  return n;
-}
-
-/// Throws Error for options that make no adapters of this model.
-template <Config C>
-void check(const LoraOptions& o, const C& c, std::string_view where = "LoRA") {
-  const int most = std::min<int>(c.hidden, c.ffn);  // a higher rank adds nothing to q, o, gate, up, down
-  if (o.rank < 1 || o.rank > most) throw Error(where, "rank", "1 to " + std::to_string(most), std::to_string(o.rank));
-  if (!(std::isfinite(o.alpha) && o.alpha > 0)) throw Error(where, "alpha", "above 0", std::to_string(o.alpha));
-  if (!(o.dropout >= 0 && o.dropout < 1)) throw Error(where, "dropout", "0 to below 1", std::to_string(o.dropout));
-  if (o.slots.empty()) throw Error(where, "slots", "at least one matrix", "none");
-}
-
-/// The flat array at the beginning of a training: A uniform within 1 / sqrt(columns), as PEFT draws it, and B zero, so that the model is the base
-/// model still. The same on every platform.
-template <Config C>
-std::vector<float> initial_adapters(const C& c, const LoraOptions& options) {
-  check(options, c);
-  std::vector<float> flat(static_cast<std::size_t>(adapter_parameter_count(c, options)), 0.0f);
-  std::uint64_t state = options.seed;
-  for_each_adapter(c, options, [&](const Adapter& adapter) {
-    const double bound = 1 / std::sqrt(static_cast<double>(adapter.target.columns));
-    for (float& x : std::span(flat).subspan(static_cast<std::size_t>(adapter.a), static_cast<std::size_t>(adapter.a_size()))) {
-      std::uint64_t z = state += 0x9e3779b97f4a7c15u;  // splitmix64
-      z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-      z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-      x = static_cast<float>((static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-52 - 1) * bound);
-    }
-  });
-  return flat;
-}
 
 namespace detail {
 
@@ -158,7 +61,8 @@ inline AdapterSlots slots_of(const json& modules, const any_llama& c, std::strin
   }
   for (const auto& [slot, names] : by_layer) {
     if (!slots.contains(slot) && std::cmp_not_equal(names.size(), c.layers))
-      throw Error(where, "target_modules", "a matrix in all " + std::to_string(c.layers) + " layers or in none", std::to_string(names.size()) + " with " + *names.begin());
+      throw Error(where, "target_modules", "a matrix in all " + std::to_string(c.layers) + " layers or in none",
+                  std::to_string(names.size()) + " with " + *names.begin());
     slots.add(slot);
   }
   return slots;
@@ -172,15 +76,16 @@ inline void check_adapter_extras(const json& j, const JsonObject& o, std::string
   only("bias", o.string("bias", "none") == "none", "none");
   for (const char* key : {"fan_in_fan_out", "use_dora", "use_rslora", "lora_bias", "use_qalora"}) only(key, !o.boolean(key, false), "false");
   // These change the model, or which matrices are adapted, where they are not empty: null, [] and {}.
-  for (const char* key : {"rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layer_replication", "exclude_modules", "target_parameters",
-                          "trainable_token_indices", "megatron_config", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config",
-                          "monteclora_config", "use_bdlora"}) {
+  for (const char* key : {"rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layer_replication", "exclude_modules",
+                          "target_parameters", "trainable_token_indices", "megatron_config", "alora_invocation_tokens", "arrow_config", "kasa_config",
+                          "velora_config", "monteclora_config", "use_bdlora"}) {
     const auto it = j.find(key);
     only(key, it == j.end() || it->empty(), "nothing");
   }
   // PiSSA, OLoRA, CorDA, LoftQ and their like change the base model's own weights at the start; these begin with A alone.
   const json* init = o.find("init_lora_weights");
-  only("init_lora_weights", !init || init->is_boolean() || *init == "gaussian" || *init == "eva" || *init == "orthogonal", "true, false, gaussian, eva or orthogonal");
+  only("init_lora_weights", !init || init->is_boolean() || *init == "gaussian" || *init == "eva" || *init == "orthogonal",
+       "true, false, gaussian, eva or orthogonal");
 }
 
 inline LoraOptions parse_adapter_config(const json& j, const any_llama& c, std::string_view where) {
@@ -223,7 +128,8 @@ inline json adapter_config_json(const LoraOptions& options, std::string_view bas
 /// reads its files can use it. `base` names the model that the adapters belong to. Each file appears when it is complete, the tensors first.
 /// Throws Error for a wrong length and for a place that cannot be written.
 template <Config C>
-void save_adapters(const std::filesystem::path& folder, const C& c, const LoraOptions& options, std::span<const float> flat, std::string_view base = "") {
+void save_adapters(const std::filesystem::path& folder, const C& c, const LoraOptions& options, std::span<const float> flat,
+                   std::string_view base = "") {
   check(options, c, folder.string());
   if (static_cast<std::int64_t>(flat.size()) != adapter_parameter_count(c, options))
     throw Error(folder.string(), "adapters", std::to_string(adapter_parameter_count(c, options)) + " weights", std::to_string(flat.size()));
@@ -270,7 +176,8 @@ LoadedAdapters load_adapters(const std::filesystem::path& folder, const C& c) {
     const std::array shape{rows, columns};
     const SafeTensor* t = file.find(names.back());
     if (!t) throw Error(file.name(), names.back(), "a tensor of shape " + detail::shape_text(shape), "none");
-    if (!std::equal(shape.begin(), shape.end(), t->shape.begin(), t->shape.end())) throw Error(file.name(), t->name, detail::shape_text(shape), detail::shape_text(t->shape));
+    if (!std::equal(shape.begin(), shape.end(), t->shape.begin(), t->shape.end()))
+      throw Error(file.name(), t->name, detail::shape_text(shape), detail::shape_text(t->shape));
     decode_row(file.format(*t), t->bytes.data(), out.flat.data() + offset, rows * columns);
   };
   for_each_adapter(c, out.options, [&](const Adapter& a) {
@@ -280,7 +187,8 @@ LoadedAdapters load_adapters(const std::filesystem::path& folder, const C& c) {
   std::sort(names.begin(), names.end());
   for (const SafeTensor& t : file.tensors())
     if (!std::binary_search(names.begin(), names.end(), t.name))
-      throw Error(file.name(), t.name, "only adapters of the target modules, in " + std::to_string(static_cast<int>(c.layers)) + " layers", "this one");
+      throw Error(file.name(), t.name, "only adapters of the target modules, in " + std::to_string(static_cast<int>(c.layers)) + " layers",
+                  "this one");
   return out;
 }
 

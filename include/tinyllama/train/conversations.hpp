@@ -55,7 +55,9 @@ struct ConversationSamples {
 namespace detail {
 
 /// The template asked for, or the vocabulary's.
-inline ChatTemplate chosen_template(const Tokenizer& t, std::optional<ChatTemplate> asked) { return asked ? *asked : detect_chat_template(t.vocabulary()); }
+inline ChatTemplate chosen_template(const Tokenizer& t, std::optional<ChatTemplate> asked) {
+  return asked ? *asked : detect_chat_template(t.vocabulary());
+}
 
 /// How many of the ids at the beginning of a turn close the answer before it, and are the model's to say: through the closing piece, or, where the
 /// template has none, the mark of the next speaker, at which generation stops.
@@ -153,7 +155,8 @@ inline std::vector<Message> messages_of(const JsonObject& o, std::string_view ke
     std::string role = found;
     if (role == "human") role = "user";
     if (role == "gpt" || role == "chatgpt" || role == "model" || role == "bot") role = "assistant";
-    if (role != "system" && role != "user" && role != "assistant") throw Error(where, here, "the role system, user or assistant", "'" + found.substr(0, 60) + "'");
+    if (role != "system" && role != "user" && role != "assistant")
+      throw Error(where, here, "the role system, user or assistant", "'" + found.substr(0, 60) + "'");
     out.push_back({std::move(role), required_string(m, sharegpt ? "value" : "content")});
   }
   return out;
@@ -173,10 +176,12 @@ inline std::vector<Message> conversation_of(const json& j, std::string_view wher
   for (const char* key : {"messages", "conversations"})
     if (o.find(key)) return messages_of(o, key, where);
   using Pair = std::pair<const char*, const char*>;
-  for (const auto& [ask, answer] : {Pair{"prompt", "completion"}, Pair{"prompt", "response"}, Pair{"question", "answer"}, Pair{"instruction", "output"}}) {
+  for (const auto& [ask, answer] :
+       {Pair{"prompt", "completion"}, Pair{"prompt", "response"}, Pair{"question", "answer"}, Pair{"instruction", "output"}}) {
     if (!o.find(ask) || !o.find(answer)) continue;
     std::vector<Message> talk = text_or_messages(o, ask, "user", where);
-    if (const std::string input = o.string("input", ""); ask == std::string_view("instruction") && !input.empty()) talk.back().content += "\n\n" + input;
+    if (const std::string input = o.string("input", ""); ask == std::string_view("instruction") && !input.empty())
+      talk.back().content += "\n\n" + input;
     if (const std::string system = o.string("system", ""); !system.empty()) talk.insert(talk.begin(), {"system", system});
     for (Message& m : text_or_messages(o, answer, "assistant", where)) talk.push_back(std::move(m));
     return talk;
@@ -205,7 +210,8 @@ inline Sample conversation_sample(const Tokenizer& t, ChatTemplate how, std::spa
 
 /// The samples of a JSONL file, in its order. Each line is a conversation: {"messages": [{"role", "content"}]}, ShareGPT's {"conversations":
 /// [{"from", "value"}]}, or a pair prompt/completion, prompt/response, question/answer or instruction/output (with "input"), whose sides are
-/// texts or lists of messages and which may have a "system". Throws Error with file and line where a line is none of them, and where no sample is left.
+/// texts or lists of messages and which may have a "system". Throws Error with file and line where a line is none of them, and where no sample is
+/// left.
 inline ConversationSamples read_conversations(const std::filesystem::path& path, const Tokenizer& t, const ConversationOptions& options = {}) {
   if (options.max_tokens < 1) throw Error("read_conversations", "max_tokens", "1 or more", std::to_string(options.max_tokens));
   const ChatTemplate how = detail::chosen_template(t, options.chat_template);
@@ -223,7 +229,8 @@ inline ConversationSamples read_conversations(const std::filesystem::path& path,
   });
   if (out.samples.empty())
     throw Error(path.string(), "conversations", "at least one with an answer, within " + std::to_string(options.max_tokens) + " tokens",
-                std::to_string(out.lines) + " lines, " + std::to_string(out.without_answer) + " without an answer, " + std::to_string(out.dropped) + " too long");
+                std::to_string(out.lines) + " lines, " + std::to_string(out.without_answer) + " without an answer, " + std::to_string(out.dropped) +
+                    " too long");
   return out;
 }
 

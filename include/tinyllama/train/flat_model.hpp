@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "tinyllama/io/checkpoint.hpp"
 #include "tinyllama/io/convert.hpp"
 
 namespace tinyllama {
@@ -52,6 +53,18 @@ class FlatModel {
   std::span<const float> weights_;
   std::filesystem::path folder_;
   std::map<std::pair<int, Slot>, std::size_t> offsets_;
+};
+
+/// The same as Weights::from reads it: a model to run.
+struct FlatSource {
+  const FlatModel& model;
+  std::string path = "weights in memory";
+  RopeLayout rope = RopeLayout::half;
+  StoredTensor tensor(const Parameter& p) const {
+    const FlatModel::Tensor t = model.tensor(p);
+    return {p, t.file, t.name, Format::f32, p.rows, p.columns, std::as_bytes(t.weights)};
+  }
+  void release(std::span<const std::byte>) const {}
 };
 
 /// Decodes a checkpoint of any format into `weights`, [parameter_count(from.config)], with the rows of Q and K in the RoPE

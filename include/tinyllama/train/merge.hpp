@@ -1,13 +1,14 @@
 // Adapters merged into the weights they belong to, W += (alpha / rank) B A, and taken out again.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
 #include <vector>
 
-#include "tinyllama/train/adapter_file.hpp"
+#include "tinyllama/train/adapters.hpp"
 
 namespace tinyllama {
 
@@ -21,7 +22,8 @@ struct OneThread {
 
 /// W += factor B A for rows [begin, end) of one matrix. The row of B A is summed before it meets W, over the rank in order: merging and
 /// unmerging compute the same number, and the bits do not depend on the threads.
-inline void add_product(float* w, const float* a, const float* b, const Adapter& adapter, float factor, index_t begin, index_t end, std::vector<float>& sum) {
+inline void add_product(float* w, const float* a, const float* b, const Adapter& adapter, float factor, index_t begin, index_t end,
+                        std::vector<float>& sum) {
   const index_t columns = adapter.target.columns, rank = adapter.rank;
   sum.resize(static_cast<std::size_t>(columns));
   for (index_t r = begin; r < end; ++r) {
@@ -35,10 +37,12 @@ inline void add_product(float* w, const float* a, const float* b, const Adapter&
 }
 
 template <class Device, Config C>
-void add_adapters(const Device& dev, const C& c, const LoraOptions& options, std::span<float> weights, std::span<const float> adapters, float factor) {
+void add_adapters(const Device& dev, const C& c, const LoraOptions& options, std::span<float> weights, std::span<const float> adapters,
+                  float factor) {
   check(options, c, "merge_adapters");
   const auto require = [](const char* what, std::int64_t expected, std::size_t found) {
-    if (static_cast<std::int64_t>(found) != expected) throw Error("merge_adapters", what, std::to_string(expected) + " values", std::to_string(found));
+    if (static_cast<std::int64_t>(found) != expected)
+      throw Error("merge_adapters", what, std::to_string(expected) + " values", std::to_string(found));
   };
   require("weights", parameter_count(c), weights.size());
   require("adapters", adapter_parameter_count(c, options), adapters.size());

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -65,7 +66,8 @@ inline PreferencePair preference_pair(const Tokenizer& t, ChatTemplate how, std:
   for (const auto side : {chosen, rejected})
     if (shared >= side.size() || side[shared].role != "assistant" || side.back().role != "assistant")
       throw Error(where, "chosen and rejected", "one prompt, then two answers that differ",
-                  shared >= side.size() ? "one that is the beginning of the other" : "messages that differ at " + std::to_string(shared) + ", the " + side[shared].role + "'s");
+                  shared >= side.size() ? "one that is the beginning of the other"
+                                        : "messages that differ at " + std::to_string(shared) + ", the " + side[shared].role + "'s");
   return {detail::conversation_sample(t, how, chosen, shared), detail::conversation_sample(t, how, rejected, shared)};
 }
 
@@ -89,8 +91,9 @@ inline PreferencePairs read_preferences(const std::filesystem::path& path, const
     out.pairs.push_back(std::move(p));
   });
   if (out.pairs.empty())
-    throw Error(path.string(), "preferences", "at least one pair within " + std::to_string(options.max_tokens) + " tokens",
-                std::to_string(out.lines) + " lines, " + std::to_string(out.identical) + " with equal answers, " + std::to_string(out.dropped) + " too long");
+    throw Error(
+        path.string(), "preferences", "at least one pair within " + std::to_string(options.max_tokens) + " tokens",
+        std::to_string(out.lines) + " lines, " + std::to_string(out.identical) + " with equal answers, " + std::to_string(out.dropped) + " too long");
   return out;
 }
 

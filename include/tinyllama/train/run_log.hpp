@@ -34,7 +34,8 @@ inline std::string number_text(double x) {
   if (std::isnan(x)) return "";
   char text[32];
   const bool whole = std::abs(x) < 0x1p53 && x == std::trunc(x);
-  const auto end = whole ? std::to_chars(text, text + sizeof text, static_cast<std::int64_t>(x)) : std::to_chars(text, text + sizeof text, x, std::chars_format::general, 9);
+  const auto end = whole ? std::to_chars(text, text + sizeof text, static_cast<std::int64_t>(x))
+                         : std::to_chars(text, text + sizeof text, x, std::chars_format::general, 9);
   return {text, end.ptr};
 }
 
@@ -72,10 +73,12 @@ class CsvLog {
  public:
   /// Begins a file with the header "step,COLUMNS...", in place of an old one; or, with `resumed_step`, goes on with the old one, whose rows after
   /// that step are cut off, as is a row that a killed process left unfinished. Throws Error where an old file has another header or is no such log.
-  CsvLog(const std::filesystem::path& path, std::vector<std::string> columns, std::optional<std::int64_t> resumed_step = std::nullopt) : columns_(std::move(columns)) {
+  CsvLog(const std::filesystem::path& path, std::vector<std::string> columns, std::optional<std::int64_t> resumed_step = std::nullopt)
+      : columns_(std::move(columns)) {
     std::string header = "step";
     for (const std::string& c : columns_) {
-      if (c.empty() || c.find_first_of(",\"\r\n") != c.npos) throw Error(path.string(), "column", "a name without commas, quotes and line breaks", "'" + c + "'");
+      if (c.empty() || c.find_first_of(",\"\r\n") != c.npos)
+        throw Error(path.string(), "column", "a name without commas, quotes and line breaks", "'" + c + "'");
       header += "," + c;
     }
     header += "\n";
@@ -89,7 +92,8 @@ class CsvLog {
 
   /// `values`: one for each column; NaN leaves a field empty. Throws Error for another number of values, and where the disk is full.
   void row(std::int64_t step, std::span<const double> values) {
-    if (values.size() != columns_.size()) throw Error(file_.name(), "row", std::to_string(columns_.size()) + " values", std::to_string(values.size()));
+    if (values.size() != columns_.size())
+      throw Error(file_.name(), "row", std::to_string(columns_.size()) + " values", std::to_string(values.size()));
     std::string text = std::to_string(step);
     for (const double v : values) text += "," + detail::number_text(v);
     file_.append(text + "\n");
@@ -104,14 +108,17 @@ class CsvLog {
     const std::size_t first = text.find('\n');
     if (first == text.npos && header.starts_with(text)) return 0;  // killed while the header was written
     if (!text.starts_with(header))
-      throw Error(path.string() + ":1", "header", std::string(header.substr(0, header.size() - 1)), std::string(text.substr(0, std::min<std::size_t>(first, 200))));
+      throw Error(path.string() + ":1", "header", std::string(header.substr(0, header.size() - 1)),
+                  std::string(text.substr(0, std::min<std::size_t>(first, 200))));
     std::size_t at = header.size();
     for (std::size_t line = 2; at < text.size(); ++line) {
       const std::size_t end = text.find('\n', at);
       if (end == text.npos) break;
       std::int64_t found = 0;
       const auto [ptr, error] = std::from_chars(text.data() + at, text.data() + end, found);
-      if (error != std::errc{} || *ptr != ',') throw Error(path.string() + ":" + std::to_string(line), "row", "a step and its values", std::string(text.substr(at, std::min<std::size_t>(end - at, 60))));
+      if (error != std::errc{} || *ptr != ',')
+        throw Error(path.string() + ":" + std::to_string(line), "row", "a step and its values",
+                    std::string(text.substr(at, std::min<std::size_t>(end - at, 60))));
       if (found > step) break;
       at = end + 1;
     }
@@ -264,13 +271,15 @@ inline std::string loss_svg(std::span<const Curve> curves, const LossPlot& o) {
       if (drawable(c.values[i])) xs.add(c.steps[i]);
     const double window = o.smoothing * static_cast<double>(c.values.size());
     // Twice half the window: weights that fall off on both sides, and a spike does not become a box.
-    means.push_back(c.style == Curve::Style::line && window >= 4 ? running_mean(running_mean(c.values, window / 2), window / 2) : std::vector<double>{});
+    means.push_back(c.style == Curve::Style::line && window >= 4 ? running_mean(running_mean(c.values, window / 2), window / 2)
+                                                                 : std::vector<double>{});
     if (means.back().empty()) std::for_each(c.values.begin(), c.values.end(), [&](double v) { ys.add(v); });
     else add_without_spikes(ys, c.values);
   }
   const bool nothing = xs.empty() || ys.empty();
   const double left = 68, right = o.width - 24.0, top = o.title.empty() ? 24 : 56, bottom = o.height - 56.0;
-  Axis x(nothing ? 0 : xs.low, nothing ? 1 : xs.high, std::max(2, o.width / 120), false), y(nothing ? 0 : ys.low, nothing ? 1 : ys.high, std::max(2, o.height / 60), true);
+  Axis x(nothing ? 0 : xs.low, nothing ? 1 : xs.high, std::max(2, o.width / 120), false),
+      y(nothing ? 0 : ys.low, nothing ? 1 : ys.high, std::max(2, o.height / 60), true);
   x.pixel_from = left, x.pixel_to = right, y.pixel_from = bottom, y.pixel_to = top;
 
   const std::string w = std::to_string(o.width), h = std::to_string(o.height);
@@ -281,7 +290,8 @@ inline std::string loss_svg(std::span<const Curve> curves, const LossPlot& o) {
     s += "<text x=\"" + fixed(at_x, 1) + "\" y=\"" + fixed(at_y, 1) + "\" " + std::string(attributes) + ">" + xml_text(what) + "</text>\n";
   };
   const auto line = [&](double x1, double y1, double x2, double y2, std::string_view colour) {
-    s += "<path d=\"M" + fixed(x1, 1) + " " + fixed(y1, 1) + "L" + fixed(x2, 1) + " " + fixed(y2, 1) + "\" stroke=\"" + std::string(colour) + "\"/>\n";
+    s += "<path d=\"M" + fixed(x1, 1) + " " + fixed(y1, 1) + "L" + fixed(x2, 1) + " " + fixed(y2, 1) + "\" stroke=\"" +
+         std::string(colour) + "\"/>\n";
   };
   if (!o.title.empty()) text(left, 34, "font-size=\"17\" font-weight=\"600\" fill=\"#111827\"", o.title);
   y.ticks([&](double v) {
@@ -297,7 +307,8 @@ inline std::string loss_svg(std::span<const Curve> curves, const LossPlot& o) {
   text(18, (top + bottom) / 2, "text-anchor=\"middle\" transform=\"rotate(-90 18 " + fixed((top + bottom) / 2, 1) + ")\"", o.y_label);
   if (nothing) text((left + right) / 2, (top + bottom) / 2, "text-anchor=\"middle\"", "no values yet");
 
-  s += "<clipPath id=\"plot\"><rect x=\"" + fixed(left - 6, 1) + "\" y=\"" + fixed(top - 6, 1) + "\" width=\"" + fixed(right - left + 12, 1) + "\" height=\"" + fixed(bottom - top + 8, 1) +
+  s += "<clipPath id=\"plot\"><rect x=\"" + fixed(left - 6, 1) + "\" y=\"" + fixed(top - 6, 1) + "\" width=\"" + fixed(right - left + 12, 1) +
+       "\" height=\"" + fixed(bottom - top + 8, 1) +
        "\"/></clipPath>\n<g clip-path=\"url(#plot)\" fill=\"none\" stroke-linejoin=\"round\" stroke-linecap=\"round\">\n";
   for (std::size_t i = 0; i < curves.size(); ++i) {
     const Curve& c = curves[i];
@@ -310,8 +321,9 @@ inline std::string loss_svg(std::span<const Curve> curves, const LossPlot& o) {
     if (c.style == Curve::Style::points)
       for (std::size_t k = 0; k < c.values.size(); ++k)
         if (drawable(c.values[k]))
-          s += "<circle cx=\"" + fixed(x.at(c.steps[k]), 1) + "\" cy=\"" + fixed(y.at(c.values[k]), 1) + "\" r=\"4\" fill=\"" + colour + "\" stroke=\"#ffffff\" stroke-width=\"1.5\"><title>" +
-               xml_text(c.name) + " " + fixed(c.values[k], 4) + ", " + xml_text(o.x_label) + " " + number_text(c.steps[k]) + "</title></circle>\n";
+          s += "<circle cx=\"" + fixed(x.at(c.steps[k]), 1) + "\" cy=\"" + fixed(y.at(c.values[k]), 1) + "\" r=\"4\" fill=\"" + colour +
+               "\" stroke=\"#ffffff\" stroke-width=\"1.5\"><title>" + xml_text(c.name) + " " + fixed(c.values[k], 4) + ", " + xml_text(o.x_label) +
+               " " + number_text(c.steps[k]) + "</title></circle>\n";
   }
   s += "</g>\n";
   // The legend, upper right, where a falling curve leaves room: the name, the latest value, a mark.
@@ -325,23 +337,27 @@ inline std::string loss_svg(std::span<const Curve> curves, const LossPlot& o) {
     text(right - 42, row + 4.5, "text-anchor=\"end\" fill=\"#111827\" stroke=\"#ffffff\" stroke-width=\"4\" paint-order=\"stroke\"", c.name + value);
     s += "<path d=\"M" + fixed(right - 34, 1) + " " + fixed(row, 1) + "h26\" stroke=\"" + colour + "\" stroke-width=\"2\"/>\n";
     if (c.style == Curve::Style::points)
-      s += "<circle cx=\"" + fixed(right - 21, 1) + "\" cy=\"" + fixed(row, 1) + "\" r=\"4\" fill=\"" + colour + "\" stroke=\"#ffffff\" stroke-width=\"1.5\"/>\n";
+      s += "<circle cx=\"" + fixed(right - 21, 1) + "\" cy=\"" + fixed(row, 1) + "\" r=\"4\" fill=\"" + colour +
+           "\" stroke=\"#ffffff\" stroke-width=\"1.5\"/>\n";
   }
   return s + "</svg>\n";
 }
 
 }  // namespace detail
 
-/// Draws the curves into one SVG file, which any browser shows; the file appears whole or stays as it was. Values that are not finite, or beyond 1e30, are gaps, and
-/// a plot without any value is an empty frame. Throws Error for a curve whose steps and values differ in number or whose steps are no rising numbers.
+/// Draws the curves into one SVG file, which any browser shows; the file appears whole or stays as it was. Values that are not finite, or beyond
+/// 1e30, are gaps, and a plot without any value is an empty frame. Throws Error for a curve whose steps and values differ in number or whose steps
+/// are no rising numbers.
 inline void write_loss_svg(const std::filesystem::path& path, std::span<const Curve> curves, const LossPlot& options = {}) {
   if (options.width < 200 || options.height < 150 || options.width > 20000 || options.height > 20000)
     throw Error(path.string(), "size", "200 x 150 to 20000 x 20000 pixels", std::to_string(options.width) + " x " + std::to_string(options.height));
   if (!(options.smoothing >= 0 && options.smoothing <= 1)) throw Error(path.string(), "smoothing", "0 to 1", std::to_string(options.smoothing));
   for (const Curve& c : curves) {
-    if (c.steps.size() != c.values.size()) throw Error(path.string(), c.name, std::to_string(c.steps.size()) + " values", std::to_string(c.values.size()));
+    if (c.steps.size() != c.values.size())
+      throw Error(path.string(), c.name, std::to_string(c.steps.size()) + " values", std::to_string(c.values.size()));
     for (std::size_t i = 0; i < c.steps.size(); ++i)
-      if (!detail::drawable(c.steps[i]) || (i > 0 && c.steps[i] < c.steps[i - 1])) throw Error(path.string(), c.name, "steps that rise", std::to_string(c.steps[i]) + " at " + std::to_string(i));
+      if (!detail::drawable(c.steps[i]) || (i > 0 && c.steps[i] < c.steps[i - 1]))
+        throw Error(path.string(), c.name, "steps that rise", std::to_string(c.steps[i]) + " at " + std::to_string(i));
   }
   const std::string svg = detail::loss_svg(curves, options);
   write_file_atomically(path, [&](FileWriter& file) { file.write(svg); });

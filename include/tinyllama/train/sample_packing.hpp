@@ -123,8 +123,8 @@ inline Packing pack_samples(std::span<const Sample> samples, const PackingOption
 }
 
 /// Writes row `row`: inputs [T], and targets [T], which are -100 in the padding. `padding` is any id of the vocabulary. Allocates nothing.
-inline void write_packed_row(const Packing& p, std::size_t row, std::span<const Sample> samples, std::span<std::int32_t> inputs, std::span<std::int32_t> targets,
-                             std::int32_t padding = 0) {
+inline void write_packed_row(const Packing& p, std::size_t row, std::span<const Sample> samples, std::span<std::int32_t> inputs,
+                             std::span<std::int32_t> targets, std::int32_t padding = 0) {
   const auto wrong = [](const char* what, std::size_t expected, std::size_t found) {
     return Error("write_packed_row", what, std::to_string(expected), std::to_string(found));
   };
@@ -137,7 +137,8 @@ inline void write_packed_row(const Packing& p, std::size_t row, std::span<const 
   for (const PackedSample& s : p.rows[row]) {
     if (s.sample >= samples.size()) throw wrong("samples", s.sample + 1, samples.size());
     const Sample& from = samples[s.sample];
-    if (from.tokens() != s.tokens || from.targets.size() != from.ids.size()) throw wrong("tokens of a sample", static_cast<std::size_t>(s.tokens), from.ids.size());
+    if (from.tokens() != s.tokens || from.targets.size() != from.ids.size())
+      throw wrong("tokens of a sample", static_cast<std::size_t>(s.tokens), from.ids.size());
     std::copy(from.ids.begin(), from.ids.end(), inputs.begin() + s.first_row);
     std::copy(from.targets.begin(), from.targets.end(), targets.begin() + s.first_row);
   }

@@ -11,6 +11,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -27,8 +28,11 @@ namespace tinyllama {
 enum class Decay : std::uint8_t { constant, linear, cosine, wsd_linear, wsd_sqrt };
 
 namespace detail {
-inline constexpr std::array<std::pair<std::string_view, Decay>, 5> decays{
-    {{"constant", Decay::constant}, {"linear", Decay::linear}, {"cosine", Decay::cosine}, {"wsd_linear", Decay::wsd_linear}, {"wsd_sqrt", Decay::wsd_sqrt}}};
+inline constexpr std::array<std::pair<std::string_view, Decay>, 5> decays{{{"constant", Decay::constant},
+                                                                           {"linear", Decay::linear},
+                                                                           {"cosine", Decay::cosine},
+                                                                           {"wsd_linear", Decay::wsd_linear},
+                                                                           {"wsd_sqrt", Decay::wsd_sqrt}}};
 }  // namespace detail
 
 constexpr std::string_view name(Decay d) { return detail::decays[static_cast<std::size_t>(d)].first; }
@@ -87,8 +91,8 @@ inline void check(const Schedule& s, std::string_view where = "schedule") {
   require(constant || (s.minimum >= 0 && s.minimum <= s.peak), "minimum", "0 to the peak, " + std::to_string(s.peak), std::to_string(s.minimum));
   require(s.warmup >= 0, "warmup", "0 steps or more", std::to_string(s.warmup));
   require(constant || s.steps > s.warmup, "steps", "more than the warm-up's " + std::to_string(s.warmup), std::to_string(s.steps));
-  require(!wsd || (s.decay_steps >= 1 && s.decay_steps <= s.steps - s.warmup), "decay_steps", "1 to " + std::to_string(s.steps - s.warmup) + ", after the warm-up",
-          std::to_string(s.decay_steps));
+  require(!wsd || (s.decay_steps >= 1 && s.decay_steps <= s.steps - s.warmup), "decay_steps",
+          "1 to " + std::to_string(s.steps - s.warmup) + ", after the warm-up", std::to_string(s.decay_steps));
 }
 
 /// One stage of a run, as in v1.1: basic, continual, cool-down. Batch and data are the loader's; they stand here so that a run is one list.
@@ -96,7 +100,7 @@ struct StageSchedule {
   std::string name = {};
   std::int64_t steps = 0;
   double multiplier = 1;                     // of the learning rate
-  double pace = 1;                           // steps of the run's schedule that pass in one of this stage: 4 keeps a cosine in tokens where the batch is 4 times as big
+  double pace = 1;                           // of the run's schedule: 4 keeps a cosine in tokens where the batch is 4 times as big
   std::optional<Schedule> schedule = {};     // of its own, from step 0 at the stage's begin; without, the run's schedule goes on
   index_t rows = 0;                          // sequences of a batch; 0: as before
   std::vector<double> weights = {};          // of the data's sources; empty: as before
@@ -145,8 +149,10 @@ inline void check(const StagedSchedule& s, std::string_view where = "schedule") 
   for (std::size_t i = 0; i < s.stages.size(); ++i) {
     const StageSchedule& stage = s.stages[i];
     const std::string here = "stage " + (stage.name.empty() ? std::to_string(i) : stage.name) + ", ";
-    if (stage.steps < 1 || __builtin_add_overflow(total, stage.steps, &total)) throw Error(where, here + "steps", "1 or more, below 2^63 in all", std::to_string(stage.steps));
-    if (!(stage.multiplier >= 0 && std::isfinite(stage.multiplier))) throw Error(where, here + "multiplier", "0 or more", std::to_string(stage.multiplier));
+    if (stage.steps < 1 || __builtin_add_overflow(total, stage.steps, &total))
+      throw Error(where, here + "steps", "1 or more, below 2^63 in all", std::to_string(stage.steps));
+    if (!(stage.multiplier >= 0 && std::isfinite(stage.multiplier)))
+      throw Error(where, here + "multiplier", "0 or more", std::to_string(stage.multiplier));
     if (!(stage.pace >= 0 && std::isfinite(stage.pace))) throw Error(where, here + "pace", "0 or more", std::to_string(stage.pace));
     if (stage.rows < 0) throw Error(where, here + "rows", "0 or more", std::to_string(stage.rows));
     if (stage.ramp_steps < 0) throw Error(where, here + "ramp_steps", "0 or more", std::to_string(stage.ramp_steps));
@@ -202,7 +208,8 @@ class ScheduleReader {
 
 template <class Json>
 void to_json(Json& j, const Schedule& s) {
-  j = Json{{"decay", name(s.decay)}, {"peak", s.peak}, {"minimum", s.minimum}, {"warmup", s.warmup}, {"steps", s.steps}, {"decay_steps", s.decay_steps}};
+  j = Json{{"decay", name(s.decay)}, {"peak", s.peak},   {"minimum", s.minimum},
+           {"warmup", s.warmup},     {"steps", s.steps}, {"decay_steps", s.decay_steps}};
 }
 template <class Json>
 void from_json(const Json& j, Schedule& s) {
@@ -218,7 +225,8 @@ void from_json(const Json& j, Schedule& s) {
 
 template <class Json>
 void to_json(Json& j, const StageSchedule& s) {
-  j = Json{{"name", s.name}, {"steps", s.steps}, {"multiplier", s.multiplier}, {"pace", s.pace}, {"rows", s.rows}, {"weights", s.weights}, {"ramp_steps", s.ramp_steps}};
+  j = Json{{"name", s.name}, {"steps", s.steps},     {"multiplier", s.multiplier}, {"pace", s.pace},
+           {"rows", s.rows}, {"weights", s.weights}, {"ramp_steps", s.ramp_steps}};
   if (s.schedule) to_json(j["schedule"], *s.schedule);
 }
 template <class Json>

@@ -99,7 +99,8 @@ class TensorBoardLog {
     if (::gethostname(host, sizeof host - 1) != 0 || host[0] == '\0') host[0] = 'h', host[1] = '\0';
     const double now = detail::seconds_now();
     // TensorBoard reads a folder's files in the order of their names, and looks for "tfevents" in them.
-    const auto file = folder / ("events.out.tfevents." + std::to_string(static_cast<std::int64_t>(now * 1e6)) + "." + host + "." + std::to_string(::getpid()));
+    const auto file =
+        folder / ("events.out.tfevents." + std::to_string(static_cast<std::int64_t>(now * 1e6)) + "." + host + "." + std::to_string(::getpid()));
     file_ = detail::AppendFile(file, O_EXCL);
     path_ = file;
     write(detail::ProtoWriter().number(1, now).bytes(3, "brain.Event:2"));  // which version: has to be first

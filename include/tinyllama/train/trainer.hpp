@@ -12,7 +12,7 @@
 
 #include "tinyllama/model/gradient.hpp"
 #include "tinyllama/model/model.hpp"
-#include "tinyllama/train/adapter_file.hpp"
+#include "tinyllama/train/adapters.hpp"
 #include "tinyllama/train/flat_model.hpp"
 #include "tinyllama/train/initialise.hpp"
 #include "tinyllama/train/merge.hpp"
@@ -162,17 +162,7 @@ class Trainer {
       now = merged;
     }
     const FlatModel flat(describe(config_), now);
-    struct Source {
-      const FlatModel& model;
-      std::string path = "trainer";
-      RopeLayout rope = RopeLayout::half;
-      StoredTensor tensor(const Parameter& p) const {
-        const auto t = model.tensor(p);
-        return {p, t.file, t.name, Format::f32, p.rows, p.columns, std::as_bytes(t.weights)};
-      }
-      void release(std::span<const std::byte>) const {}
-    };
-    return Model<C, D>(Weights<C, D>::from(*dev_, config_, Source{flat}, options), std::move(tokenizer));
+    return Model<C, D>(Weights<C, D>::from(*dev_, config_, FlatSource{flat}, options), std::move(tokenizer));
   }
 
   // ---- state ---------------------------------------------------------------------------------------------------------------------------
