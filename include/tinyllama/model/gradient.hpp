@@ -6,6 +6,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -56,7 +57,7 @@ class TrainingPass {
     }
     arena_->reset();
     blocks_.clear(), lse_.clear(), sequences_.clear();
-    buffers_ = std::make_unique<TrainingBuffers<C>>(take_training_buffers(*arena_, c, shape, [&](int, const BlockActivations<C>& b, View<float, dyn, dyn> lse) {
+    buffers_.emplace(take_training_buffers(*arena_, c, shape, [&](int, const BlockActivations<C>& b, View<float, dyn, dyn> lse) {
       blocks_.push_back(b), lse_.push_back(lse);
     }));
     shape_ = shape;
@@ -163,7 +164,7 @@ class TrainingPass {
   D* dev_;
   TrainingShape shape_;
   std::unique_ptr<Arena<D>> arena_;
-  std::unique_ptr<TrainingBuffers<C>> buffers_;
+  std::optional<TrainingBuffers<C>> buffers_;
   std::vector<BlockActivations<C>> blocks_;
   std::vector<View<float, dyn, dyn>> lse_;
   std::vector<Sequence> sequences_;  // whose angles are there

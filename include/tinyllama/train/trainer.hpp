@@ -70,15 +70,12 @@ class Trainer {
   /// One optimizer step on B rows of T tokens: `inputs` and `targets` [B, T], where a target is the next id, or below 0 where it does not
   /// count. Returns the mean loss. Throws Error for an id outside the vocabulary, or where no target counts.
   float step(std::span<const std::int32_t> inputs, std::span<const std::int32_t> targets) {
-    const auto tokens = static_cast<std::size_t>(row_tokens(inputs.size()));
     check_batch(inputs, targets);
-    const std::size_t rows = inputs.size() / tokens, micro = options_.micro_rows > 0 ? static_cast<std::size_t>(options_.micro_rows) : rows;
     begin_step();
     const std::int64_t count = counted(targets);
-    for (std::size_t r = 0; r < rows; r += micro) {
-      const std::size_t n = std::min(micro, rows - r) * tokens;
-      accumulate(inputs.subspan(r * tokens, n), targets.subspan(r * tokens, n), 1.0f / static_cast<float>(count));
-    }
+    each_micro(inputs, targets, [&](auto in, auto out) {
+      if (counted(out) > 0) accumulate(in, out, 1.0f / static_cast<float>(count));
+    });
     return end_step(count);
   }
 
@@ -148,8 +145,12 @@ class Trainer {
   /// Mean loss over the targets that count.
   float evaluate(std::span<const std::int32_t> inputs, std::span<const std::int32_t> targets) {
     double sum = 0;
-    for (const float l : losses(inputs, targets)) sum += static_cast<double>(l);
-    return static_cast<float>(sum / static_cast<double>(std::max<std::int64_t>(1, counted(targets))));
+    const std::int64_t count = counted(targets);
+    each_micro(inputs, targets, [&](auto in, auto out) {
+      if (counted(out) == 0) return;
+      for (const float l : losses(in, out)) sum += static_cast<double>(l);
+    });
+    return static_cast<float>(sum / static_cast<double>(std::max<std::int64_t>(1, count)));
   }
 
   /// The weights as they are now (adapters merged), packed to generate with; a copy.
@@ -314,6 +315,16 @@ class Trainer {
     const auto n = static_cast<index_t>(size), tokens = options_.tokens > 0 ? options_.tokens : std::min<index_t>(config_.context, n);
     if (n == 0 || n % tokens) throw Error("trainer", "inputs", "rows of " + std::to_string(tokens) + " tokens", std::to_string(n));
     return tokens;
+  }
+  /// f(inputs, targets) for each micro-batch of whole rows.
+  template <class F>
+  void each_micro(std::span<const std::int32_t> inputs, std::span<const std::int32_t> targets, F&& f) const {
+    const auto tokens = static_cast<std::size_t>(row_tokens(inputs.size()));
+    const std::size_t micro = options_.micro_rows > 0 ? static_cast<std::size_t>(options_.micro_rows) * tokens : inputs.size();
+    for (std::size_t at = 0; at < inputs.size(); at += micro) {
+      const std::size_t n = std::min(micro, inputs.size() - at);
+      f(inputs.subspan(at, n), targets.subspan(at, n));
+    }
   }
   void rows_as_sequences(std::size_t size) {
     const index_t tokens = row_tokens(size);
