@@ -1,7 +1,6 @@
 // The programs as scripts see them: fixed options, JSON on standard output, exit status 0, 1 for an Error in one line, 2 for bad usage.
 #include <doctest/doctest.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <fstream>
@@ -9,9 +8,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include <sys/wait.h>
-
-#include "tests/support.hpp"
+#include "tests/examples/run.hpp"
 
 using namespace tinyllama::test;
 using nlohmann::json;
@@ -19,40 +16,12 @@ namespace fs = std::filesystem;
 
 namespace {
 
-struct Result {
-  int status = -1;
-  std::string out, err;
-};
-
-std::string quoted(const std::string& s) {
-  std::string q = "'";
-  for (char c : s) q += c == '\'' ? std::string("'\\''") : std::string(1, c);
-  return q + "'";
-}
-
-std::string content(const fs::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
-
-Result run(const std::string& program, const std::vector<std::string>& arguments, const std::string& input = "") {
-  const TempFolder folder;
-  std::ofstream(folder / "in", std::ios::binary) << input;
-  std::string line = quoted((fs::path(TINYLLAMA_TEST_PROGRAMS) / program).string());
-  for (const auto& a : arguments) line += " " + quoted(a);
-  line += " <" + quoted((folder / "in").string()) + " >" + quoted((folder / "out").string()) + " 2>" + quoted((folder / "err").string());
-  const int status = std::system(line.c_str());
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), content(folder / "out"), content(folder / "err")};
-}
-
 std::vector<json> json_lines(const std::string& text) {
   std::vector<json> all;
   std::istringstream in(text);
   for (std::string line; std::getline(in, line);) all.push_back(json::parse(line));
   return all;
 }
-
-bool one_error_line(const std::string& err) { return err.starts_with("error: ") && std::count(err.begin(), err.end(), '\n') == 1; }
 
 /// A .npy file of f32 in C order: its shape, and its values.
 std::pair<std::string, std::vector<float>> npy(const fs::path& path) {
@@ -72,7 +41,7 @@ constexpr const char* no_stories = "skipped: models/stories260K is not under TIN
 }  // namespace
 
 TEST_CASE("programs: bad usage is status 2, an Error is status 1 and one line") {
-  const std::vector<std::string> programs = {"generate", "chat", "tokenize", "inspect", "quantize", "logits"};
+  const std::vector<std::string> programs = {"generate", "chat", "tokenize", "inspect", "quantize", "logits", "train_step", "finetune", "pretrain", "pack", "convert"};
   for (const auto& program : programs) {
     CAPTURE(program);
     CHECK(run(program, {"--no-such-option"}).status == 2);
