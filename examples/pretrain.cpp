@@ -42,7 +42,8 @@ tl::any_llama parse_shape(const std::vector<std::string>& parts) {
                     : key == "ffn" ? &c.ffn : key == "vocab" ? &c.vocab : key == "context" ? &c.context : nullptr;
     if (!to) throw tl::Error("--shape", key, "layers, hidden, heads, kv_heads, ffn, vocab, context or tied", "this");
     const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), *to);
-    if (error != std::errc() || end != value.data() + value.size() || *to < 1) throw tl::Error("--shape", key, "a whole number from 1", "'" + value + "'");
+    if (error != std::errc() || end != value.data() + value.size() || *to < 1)
+      throw tl::Error("--shape", key, "a whole number from 1", "'" + value + "'");
   }
   if (c.kv_heads == 0) c.kv_heads = c.heads;
   tl::check(c, "--shape");
@@ -68,7 +69,8 @@ tl::DataSource open_source(const std::string& text) {
   if (const auto colon = text.rfind(':'); colon != text.npos) {
     const char *const first = text.data() + colon + 1, *const last = text.data() + text.size();
     double weight = 0;
-    if (const auto [end, error] = std::from_chars(first, last, weight); error == std::errc() && end == last) source.weight = weight, path.resize(colon);
+    const auto [end, error] = std::from_chars(first, last, weight);
+    if (error == std::errc() && end == last) source.weight = weight, path.resize(colon);
   }
   const fs::path p(path);
   source.files = tl::packed_files(p.has_parent_path() ? p.parent_path() : fs::path("."), p.filename().string());
@@ -104,7 +106,8 @@ tl::Schedule make_schedule(const Options& o, std::int64_t steps) {
 }
 
 /// The loop of train/run.hpp, with a log.
-nlohmann::json train(tl::TrainingRun<tl::any_llama>& run, const tl::DataLoader& data, double flops_per_token, double peak, example::RunFiles& files, const Options& o) {
+nlohmann::json train(tl::TrainingRun<tl::any_llama>& run, const tl::DataLoader& data, double flops_per_token, double peak,
+                     example::RunFiles& files, const Options& o) {
   example::RunDisplay display(o.as_json, o.log_every);
   example::RunRow row{.steps = run.total_steps()};
   std::int64_t tokens = 0, skipped = 0;
@@ -126,9 +129,11 @@ nlohmann::json train(tl::TrainingRun<tl::any_llama>& run, const tl::DataLoader& 
     if (!run.saved()) run.save();
     display.say("stopped after step " + std::to_string(run.steps()) + "; the same command goes on");
   }
-  const auto& validated = files.validation().values;
-  nlohmann::json summary{{"steps", run.steps()}, {"stopped", !run.done()}, {"tokens", run.tokens()}, {"loss", row.report.loss},
-                         {"validation_loss", validated.empty() ? nlohmann::json() : nlohmann::json(validated.back())}, {"skipped_steps", skipped}, {"seconds", row.seconds}};
+  const auto &losses = files.training().values, &validated = files.validation().values;  // of the run, not only of this process
+  nlohmann::json summary{{"steps", run.steps()}, {"stopped", !run.done()}, {"tokens", run.tokens()},
+                         {"loss", losses.empty() ? nlohmann::json() : nlohmann::json(losses.back())},
+                         {"validation_loss", validated.empty() ? nlohmann::json() : nlohmann::json(validated.back())},
+                         {"skipped_steps", skipped}, {"seconds", row.seconds}};
   const double rate = row.seconds > 0 ? static_cast<double>(tokens) / row.seconds : 0;
   summary["tokens_per_second"] = rate, summary["share_of_peak"] = rate * flops_per_token / peak;
   return summary;
@@ -142,7 +147,8 @@ void pretrain(const Options& o) {
   if (T > config.context) throw tl::Error("--tokens", "", "at most the context, " + std::to_string(config.context), std::to_string(T));
 
   tl::TrainingRunOptions how = o.run;
-  if (o.fresh && tl::latest_checkpoint(how.folder)) throw tl::Error(how.folder.string(), "", "a folder without checkpoints, for --fresh", tl::latest_checkpoint(how.folder)->filename().string());
+  if (const auto there = tl::latest_checkpoint(how.folder); there && o.fresh)
+    throw tl::Error(how.folder.string(), "", "a folder without checkpoints, for --fresh", there->filename().string());
   how.save.tokenizer = o.tokenizer;
   if (o.tokenizer.empty() && file) how.save.tokenizer = file->folder();
   if (!o.tokenizer.empty())
@@ -163,7 +169,8 @@ void pretrain(const Options& o) {
   if (o.stages.empty()) {
     std::int64_t blocks = 0;
     for (std::size_t s = 0; s < data.sources(); ++s) blocks += data.blocks(s);
-    how.steps = o.steps > 0 ? o.steps : std::max<std::int64_t>(1, std::llround(o.epochs * static_cast<double>(blocks) / static_cast<double>(o.batch)));
+    const double wanted = o.epochs * static_cast<double>(blocks) / static_cast<double>(o.batch);
+    how.steps = o.steps > 0 ? o.steps : std::max<std::int64_t>(1, std::llround(wanted));
     schedule.schedule = make_schedule(o, how.steps);
   }
 
@@ -177,7 +184,8 @@ void pretrain(const Options& o) {
   fs::create_directories(how.folder);
 
   const auto or_in_folder = [&](const fs::path& p, const char* name) { return p.empty() ? how.folder / name : p; };
-  const std::string name = std::to_string(tl::parameter_count(config) / 1000) + "k parameters, " + std::to_string(config.layers) + " layers of " + std::to_string(config.hidden);
+  const std::string name = std::to_string(tl::parameter_count(config) / 1000) + "k parameters, " + std::to_string(config.layers) + " layers of " +
+                           std::to_string(config.hidden);
   example::RunFiles files({or_in_folder(o.files.csv, "log.csv"), or_in_folder(o.files.svg, "loss.svg"), o.files.tensorboard}, "Pretraining: " + name,
                           resumed ? std::optional(run.steps()) : std::nullopt);
   const double peak = o.peak_gflops > 0 ? o.peak_gflops * 1e9 : example::measured_peak(dev, learning.precision);
@@ -185,17 +193,25 @@ void pretrain(const Options& o) {
   seen.context = static_cast<int>(T);
   if (!o.as_json)
     std::cout << name << "; " << run.total_steps() << " steps" << (resumed ? " from checkpoint " + std::to_string(run.steps()) : "") << "; "
-              << dev.threads() << " threads, " << dev.instruction_set() << ", " << o.optimizer.precision << " peak " << std::llround(peak * 1e-9) << " GFLOP/s" << std::endl;
+              << dev.threads() << " threads, " << dev.instruction_set() << ", " << o.optimizer.precision << " peak "
+              << std::llround(peak * 1e-9) << " GFLOP/s" << std::endl;
 
   nlohmann::json summary = train(run, data, static_cast<double>(tl::training_flops_per_token(seen)), peak, files, o);
   const auto newest = tl::latest_checkpoint(how.folder);
   const std::int64_t micro = learning.micro_rows > 0 ? learning.micro_rows : o.batch;
-  summary.update({{"checkpoint", newest ? newest->string() : ""}, {"resumed", resumed}, {"parameters", tl::parameter_count(config)}, {"peak_flops", peak},
-                  {"threads", dev.threads()}, {"instruction_set", dev.instruction_set()}, {"peak_bytes", example::status_bytes("VmHWM")},
-                  {"planned_bytes", tl::training_plan(config, {.batch = micro, .tokens = T, .checkpointing = learning.checkpointing, .precision = learning.precision, .threads = dev.threads()}).total()}});
-  if (o.as_json) std::cout << summary << '\n';
-  else std::cout << summary["tokens"] << " tokens, " << std::llround(summary["tokens_per_second"].get<double>()) << " tokens/s; validation loss " << summary["validation_loss"]
-                 << "; " << summary["checkpoint"].get<std::string>() << '\n';
+  const tl::TrainingPlan plan = tl::training_plan(config, {.batch = micro, .tokens = T, .checkpointing = learning.checkpointing,
+                                                           .precision = learning.precision, .threads = dev.threads()});
+  summary.update({{"checkpoint", newest ? newest->string() : ""}, {"resumed", resumed}, {"parameters", tl::parameter_count(config)},
+                  {"peak_flops", peak}, {"threads", dev.threads()}, {"instruction_set", dev.instruction_set()}, {"peak_bytes", example::status_bytes("VmHWM")},
+                  {"planned_bytes", plan.total()}});
+  if (o.as_json) {
+    std::cout << summary << '\n';
+    return;
+  }
+  std::cout << summary["tokens"] << " tokens";
+  if (const double rate = summary["tokens_per_second"]; rate > 0) std::cout << " at " << std::llround(rate) << " a second";
+  if (!summary["validation_loss"].is_null()) std::cout << "; validation loss " << summary["validation_loss"];
+  std::cout << "; " << (newest ? newest->string() : "no checkpoint") << '\n';
 }
 
 }  // namespace
@@ -207,23 +223,28 @@ int main(int argc, char** argv) {
   auto* model = app.add_option_group("Model", "one of");
   model->require_option(1);
   model->add_option("--preset", o.preset, "a shape that has a name, from new weights");
-  model->add_option("--shape", o.shape, "layers=..,hidden=..,heads=..,kv_heads=..,ffn=..,vocab=..,context=..[,tied], from new weights")->delimiter(',');
+  model->add_option("--shape", o.shape, "layers=..,hidden=..,heads=..,kv_heads=..,ffn=..,vocab=..,context=..[,tied], from new weights")
+      ->delimiter(',');
   model->add_option("--from", o.from, "weights to go on from: a folder in Hugging Face layout, or a GGUF file");
   app.add_option("--data", o.data, "FOLDER/PREFIX[:WEIGHT] of packed data; several are mixed by weight")->required();
   app.add_option("--validation", o.validation, "FOLDER/PREFIX of packed data that is not trained on");
   app.add_option("--tokens", o.tokens, "T of a row; 0: the context, at most 2048")->check(CLI::NonNegativeNumber);
   app.add_option("--batch", o.batch, "rows of a step")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--micro-rows", o.optimizer.trainer.micro_rows, "rows at a time, whose gradients are added up; 0: all of a step")->check(CLI::NonNegativeNumber);
+  app.add_option("--micro-rows", o.optimizer.trainer.micro_rows, "rows at a time, whose gradients are added up; 0: all of a step")
+      ->check(CLI::NonNegativeNumber);
   auto* length = app.add_option_group("Length", "one of");
   length->require_option(1);
   length->add_option("--steps", o.steps, "optimizer steps of the whole run")->check(CLI::PositiveNumber);
   length->add_option("--epochs", o.epochs, "passes over all data")->check(CLI::PositiveNumber);
-  auto* stages = length->add_option("--stages", o.stages, "JSON of a StagedSchedule: stages of steps, rows, weights, ramp_steps, and their learning rates");
-  stages->excludes(app.get_option("--lr"));
-  stages->excludes(app.add_option("--schedule", o.schedule, "after the warm-up")->check(CLI::IsMember({"cosine", "linear", "constant", "wsd_linear", "wsd_sqrt"}))->capture_default_str());
-  stages->excludes(app.add_option("--warmup", o.warmup, "steps from 0 to --lr; default: a twentieth, at most 2000")->check(CLI::NonNegativeNumber));
-  stages->excludes(app.add_option("--min-lr", o.min_lr, "at the end; default: a tenth of --lr")->check(CLI::NonNegativeNumber));
-  stages->excludes(app.add_option("--decay-steps", o.decay_steps, "of wsd_*, at the end; default: a tenth")->check(CLI::PositiveNumber));
+  auto* stages = length->add_option("--stages", o.stages, "JSON of a StagedSchedule: stages of steps, rows, weights, ramp_steps, learning rates");
+  for (CLI::Option* option : {
+           app.get_option("--lr"),
+           app.add_option("--schedule", o.schedule, "after the warm-up")
+               ->check(CLI::IsMember({"cosine", "linear", "constant", "wsd_linear", "wsd_sqrt"}))->capture_default_str(),
+           app.add_option("--warmup", o.warmup, "steps from 0 to --lr; default: a twentieth, at most 2000")->check(CLI::NonNegativeNumber),
+           app.add_option("--min-lr", o.min_lr, "at the end; default: a tenth of --lr")->check(CLI::NonNegativeNumber),
+           app.add_option("--decay-steps", o.decay_steps, "of wsd_*, at the end; default: a tenth")->check(CLI::PositiveNumber)})
+    stages->excludes(option);
   app.add_option("--out", o.run.folder, "folder of the checkpoints and logs")->required();
   app.add_option("--keep", o.run.save.keep, "checkpoints that stay; 0: all")->check(CLI::NonNegativeNumber)->capture_default_str();
   app.add_option("--save-every", o.run.save_every, "steps; 0: at the end only")->check(CLI::NonNegativeNumber)->capture_default_str();
@@ -232,8 +253,10 @@ int main(int argc, char** argv) {
   auto* resume = app.add_flag("--resume", o.resume, "it is an error if OUT has no checkpoint");
   app.add_flag("--fresh", o.fresh, "it is an error if OUT has one")->excludes(resume);
   app.add_option("--tokenizer", o.tokenizer, "a folder or file to copy into the checkpoints; default: that of --from");
-  app.add_option("--peak-gflops", o.peak_gflops, "of the machine, for the share of it; default: measured by a matrix product")->check(CLI::PositiveNumber);
-  app.add_option("--log-every", o.log_every, "steps between lines where no terminal shows a live one")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--peak-gflops", o.peak_gflops, "of the machine, for the share of it; default: measured by a matrix product")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--log-every", o.log_every, "steps between lines where no terminal shows a live one")
+      ->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--csv", o.files.csv, "log of every step; default: OUT/log.csv");
   app.add_option("--svg", o.files.svg, "plot of the losses; default: OUT/loss.svg");
   app.add_option("--tensorboard", o.files.tensorboard, "folder for event files");

@@ -52,6 +52,11 @@ struct RunRow {
 class RunDisplay {
  public:
   RunDisplay(bool quiet, std::int64_t every) : live_(!quiet && isatty(STDERR_FILENO)), quiet_(quiet), every_(every) {}
+  RunDisplay(const RunDisplay&) = delete;
+  RunDisplay& operator=(const RunDisplay&) = delete;
+  ~RunDisplay() {
+    if (open_) std::fputc('\n', stderr);
+  }
 
   void show(const RunRow& r) {
     rate_ = rate_ == 0 ? r.rate : rate_ + 0.1 * (r.rate - rate_), share_ = share_ == 0 ? r.share : share_ + 0.1 * (r.share - share_);
@@ -59,20 +64,23 @@ class RunDisplay {
     if (quiet_ || (!live_ && !validated && r.step % every_ != 0 && r.step != r.steps)) return;
     char text[256], validation[64] = "";
     if (validated) std::snprintf(validation, sizeof validation, "  validation loss %.4f", r.validation_loss);
-    std::snprintf(text, sizeof text, "step %lld/%lld  loss %.4f%s  lr %.2e  gradient norm %.3g%s  %.0f tokens/s  %.0f%% of peak  %s left", static_cast<long long>(r.step),
-                  static_cast<long long>(r.steps), static_cast<double>(r.report.loss), validation, static_cast<double>(r.report.lr),
-                  static_cast<double>(r.report.gradient_norm), r.report.skipped ? " (not finite: skipped)" : "", rate_, 100 * share_,
+    std::snprintf(text, sizeof text, "step %lld/%lld  loss %.4f%s  lr %.2e  gradient norm %.3g%s  %.0f tokens/s  %.0f%% of peak  %s left",
+                  static_cast<long long>(r.step), static_cast<long long>(r.steps), static_cast<double>(r.report.loss), validation,
+                  static_cast<double>(r.report.lr), static_cast<double>(r.report.gradient_norm),
+                  r.report.skipped ? " (not finite: skipped)" : "", rate_, 100 * share_,
                   duration(static_cast<double>(r.tokens_left) / rate_).c_str());
     if (live_) {
-      std::fprintf(stderr, "\r%s\033[K%s", text, validated || r.report.skipped ? "\n" : "");
+      open_ = !validated && !r.report.skipped;  // these two stay
+      std::fprintf(stderr, "\r%s\033[K%s", text, open_ ? "" : "\n");
       std::fflush(stderr);
     } else {
       std::cout << text << std::endl;
     }
   }
-  /// Leaves the live line as it is, and says something below it.
-  void say(const std::string& text) const {
+  /// Says something in place of the live line.
+  void say(const std::string& text) {
     if (quiet_) return;
+    open_ = false;
     if (live_) std::fprintf(stderr, "\r\033[K%s\n", text.c_str());
     else std::cout << text << std::endl;
   }
@@ -86,7 +94,7 @@ class RunDisplay {
     else std::snprintf(text, sizeof text, "%lld:%02lld", n / 60, n % 60);
     return text;
   }
-  bool live_, quiet_;
+  bool live_, quiet_, open_ = false;  // open: the cursor is behind the live line
   std::int64_t every_;
   double rate_ = 0, share_ = 0;  // running means
 };
@@ -104,7 +112,8 @@ class RunFiles {
   }
 
   void add(const RunRow& r) {
-    csv_.row(r.step, {r.report.loss, r.validation_loss, r.report.lr, r.report.gradient_norm, static_cast<double>(r.tokens), r.rate, r.share, r.seconds});
+    const auto tokens = static_cast<double>(r.tokens);
+    csv_.row(r.step, {r.report.loss, r.validation_loss, r.report.lr, r.report.gradient_norm, tokens, r.rate, r.share, r.seconds});
     add_to_curves(static_cast<double>(r.step), r.report.loss, r.validation_loss);
     if (!events_) return;
     events_->scalars(r.step, {{"train/loss", r.report.loss}, {"train/learning_rate", r.report.lr}, {"train/gradient_norm", r.report.gradient_norm},
@@ -115,10 +124,12 @@ class RunFiles {
     const std::vector<tinyllama::Curve> curves{train_, validation_};
     tinyllama::write_loss_svg(paths_.svg, std::span(curves).first(validation_.steps.empty() ? 1 : 2), {.title = title_});
   }
+  const tinyllama::Curve& training() const { return train_; }
   const tinyllama::Curve& validation() const { return validation_; }
 
  private:
-  static inline const std::vector<std::string> columns{"loss", "validation_loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_second", "share_of_peak", "seconds"};
+  static inline const std::vector<std::string> columns{"loss",   "validation_loss",   "learning_rate", "gradient_norm",
+                                                       "tokens", "tokens_per_second", "share_of_peak", "seconds"};
 
   void add_to_curves(double step, double loss, double validation_loss) {
     train_.steps.push_back(step), train_.values.push_back(loss);
@@ -132,7 +143,8 @@ class RunFiles {
     while (std::getline(in, line)) {
       double values[3];
       std::istringstream fields(line);
-      for (double& v : values) v = std::getline(fields, field, ',') && !field.empty() ? std::strtod(field.c_str(), nullptr) : std::numeric_limits<double>::quiet_NaN();
+      for (double& v : values)
+        v = std::getline(fields, field, ',') && !field.empty() ? std::strtod(field.c_str(), nullptr) : std::numeric_limits<double>::quiet_NaN();
       add_to_curves(values[0], values[1], values[2]);
     }
   }

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""What PyTorch's own f32 and bf16 runs show against the float64 goldens: the yardstick for ours. goldens.py FOLDER... (default: tests/fixtures/goldens/*)"""
+"""What PyTorch's own f32 and bf16 runs show against the float64 goldens: the yardstick for ours.
+
+goldens.py [FOLDER...]; the default is every folder of tests/fixtures/goldens."""
 import pathlib
 import sys
 
@@ -26,8 +28,9 @@ def compare(folder, precision):
             worst["gradient"] = max((error(p.grad, reference["grad." + n]), n) for n, p in run.model.named_parameters())
         norms.append(run.update())
     worst["weights"] = max((error(w, reference["after3." + n]), n) for n, w in run.model.arrays().items())
-    print(f"{folder.name:5} {precision:4}  loss {error(losses[0], reference['loss'][0]):.1e}  step losses {error(losses, reference['step_losses']):.1e}"
-          f"  gradient norm {error(norms[0], reference['grad_norm'][0]):.1e}  worst gradient {worst['gradient'][0]:.4g} ({worst['gradient'][1]})"
+    print(f"{folder.name:5} {precision:4}  loss {error(losses[0], reference['loss'][0]):.1e}"
+          f"  step losses {error(losses, reference['step_losses']):.1e}  gradient norm {error(norms[0], reference['grad_norm'][0]):.1e}"
+          f"  worst gradient {worst['gradient'][0]:.4g} ({worst['gradient'][1]})"
           f"  worst weights after three steps {worst['weights'][0]:.4g} ({worst['weights'][1]})")
 
 

@@ -103,8 +103,9 @@ struct Tiny {
     write_data(tmp / "data", "validation", 20, 2);
   }
   Arguments arguments(const std::string& out, const Arguments& more = {}) const {
-    const Arguments usual{"--shape", shape, "--data", (tmp / "data" / "train").string(), "--validation", (tmp / "data" / "validation").string(), "--batch", "4",
-                 "--micro-rows", "2", "--lr", "5e-3", "--out", (tmp / out).string(), "--peak-gflops", "100", "--threads", "1"};
+    const std::string train = (tmp / "data" / "train").string(), validation = (tmp / "data" / "validation").string();
+    const Arguments usual{"--shape", shape, "--data", train, "--validation", validation, "--batch", "4", "--micro-rows", "2",
+                          "--lr", "5e-3", "--out", (tmp / out).string(), "--peak-gflops", "100", "--threads", "1"};
     return with(usual, more);
   }
   static constexpr const char* shape = "layers=2,hidden=32,heads=2,kv_heads=1,ffn=64,vocab=64,context=16";
@@ -157,7 +158,8 @@ TEST_CASE("pretrain: the loss falls; log, plot, events, checkpoint and summary a
   CHECK(j["steps"] == 300);
   CHECK(j["tokens"] == 300 * 4 * T);
   CHECK(j["stopped"] == false);
-  for (const char* key : {"tokens_per_second", "share_of_peak", "seconds", "parameters", "peak_bytes", "planned_bytes"}) CHECK_MESSAGE(j.at(key).get<double>() > 0, key);
+  for (const char* key : {"tokens_per_second", "share_of_peak", "seconds", "parameters", "peak_bytes", "planned_bytes"})
+    CHECK_MESSAGE(j.at(key).get<double>() > 0, key);
 
   const auto log = rows(out / "log.csv");
   REQUIRE(log.size() == 300);
@@ -165,14 +167,15 @@ TEST_CASE("pretrain: the loss falls; log, plot, events, checkpoint and summary a
   const double last = field(log.at(300), 2);
   CHECK(last < 1.2);  // the first id and the stride have to be guessed: (log 64 + log 3) / 16 = 0.33 is the least
   CHECK(j["validation_loss"].get<double>() == doctest::Approx(last));
-  for (const auto& [step, row] : log) CHECK_MESSAGE((field(row, 2) >= 0) == (step % 100 == 0), row);
+  for (const auto& entry : log) CHECK_MESSAGE((field(entry.second, 2) >= 0) == (entry.first % 100 == 0), entry.second);
   CHECK(field(log.at(150), 5) == 150 * 4 * T);
 
   const std::string svg = content(out / "loss.svg");
   CHECK(svg.starts_with("<svg"));
   CHECK(svg.find("validation  ") != svg.npos);
   int events = 0;
-  for (const auto& e : fs::directory_iterator(out / "events")) events += e.path().filename().string().starts_with("events.out.tfevents") && e.file_size() > 300 * 100;
+  for (const auto& e : fs::directory_iterator(out / "events"))
+    events += e.path().filename().string().starts_with("events.out.tfevents") && e.file_size() > 300 * 100;
   CHECK(events == 1);
 
   const auto newest = latest_checkpoint(out);
@@ -186,7 +189,7 @@ TEST_CASE("pretrain: the loss falls; log, plot, events, checkpoint and summary a
   CHECK(field(rows(tiny.tmp / "on" / "log.csv").at(1), 1) < 1.5);
 }
 
-TEST_CASE("pretrain: stopped by SIGTERM it saves and ends with 0; resumed, with other threads, its losses and weights are those of an undisturbed run") {
+TEST_CASE("pretrain: stopped by SIGTERM it saves and ends with 0; resumed, with other threads, it has the bits of an undisturbed run") {
   const Tiny tiny;
   const Arguments length{"--steps", "2000", "--validate-every", "100", "--save-every", "1000"};
   REQUIRE(run(tiny.arguments("whole", length)).status == 0);
@@ -195,7 +198,8 @@ TEST_CASE("pretrain: stopped by SIGTERM it saves and ends with 0; resumed, with 
 
   const fs::path out = tiny.tmp / "stopped";
   const pid_t child = start(tiny.arguments("stopped", length), tiny.tmp / "o", tiny.tmp / "e");
-  for (int i = 0; i < 3000 && content(out / "log.csv").find("\n20,") == std::string::npos; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  for (int i = 0; i < 3000 && content(out / "log.csv").find("\n20,") == std::string::npos; ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
   ::kill(child, SIGTERM);
   CHECK(wait_for(child) == 0);
   CHECK(content(tiny.tmp / "o").find("stopped after step") != std::string::npos);
@@ -248,7 +252,8 @@ TEST_CASE("pretrain: SIGKILL at 50 random moments, and every loss is that of an 
     if (fs::exists(out))
       for (const auto& e : fs::directory_iterator(out)) in_a_save += e.path().filename().string().ends_with(".part");
   }
-  MESSAGE(kills << " kills, " << behind_a_checkpoint << " of runs that had a checkpoint, " << in_a_save << " in the middle of a save; finished " << finished << " times");
+  MESSAGE(kills << " kills, " << behind_a_checkpoint << " of runs that had a checkpoint, " << in_a_save << " in the middle of a save; finished "
+                << finished << " times");
   CHECK(behind_a_checkpoint >= 10);
   const Result rest = run(tiny.arguments("killed", length));
   REQUIRE_MESSAGE(rest.status == 0, rest.err);
@@ -264,10 +269,13 @@ TEST_CASE("pretrain: stages with mixes and batches of their own") {
   const Tiny tiny;
   write_data(tiny.tmp / "more", "text", 50, 3);
   const json stages{{"schedule", {{"decay", "cosine"}, {"peak", 1e-3}, {"minimum", 1e-4}, {"warmup", 2}, {"steps", 20}}},
-                    {"stages", {{{"name", "basic"}, {"steps", 8}, {"rows", 2}}, {{"name", "cool-down"}, {"steps", 4}, {"rows", 6}, {"weights", {1, 3}}, {"ramp_steps", 2}, {"multiplier", 0.5}}}}};
+                    {"stages",
+                     {{{"name", "basic"}, {"steps", 8}, {"rows", 2}},
+                      {{"name", "cool-down"}, {"steps", 4}, {"rows", 6}, {"weights", {1, 3}}, {"ramp_steps", 2}, {"multiplier", 0.5}}}}};
   put(tiny.tmp / "stages.json", stages.dump());
-  const Arguments arguments{"--shape", Tiny::shape, "--data", (tiny.tmp / "data" / "train").string() + ":0.5", "--data", (tiny.tmp / "more" / "text").string() + ":0.5",
-                            "--stages", (tiny.tmp / "stages.json").string(), "--out", (tiny.tmp / "out").string(), "--peak-gflops", "100"};
+  const std::string train = (tiny.tmp / "data" / "train").string() + ":0.5", more = (tiny.tmp / "more" / "text").string() + ":0.5";
+  const Arguments arguments{"--shape", Tiny::shape, "--data", train, "--data", more, "--stages", (tiny.tmp / "stages.json").string(),
+                            "--out", (tiny.tmp / "out").string(), "--peak-gflops", "100"};
   const Result r = run(arguments);
   REQUIRE_MESSAGE(r.status == 0, r.err);
   const auto log = rows(tiny.tmp / "out" / "log.csv");

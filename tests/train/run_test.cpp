@@ -35,7 +35,8 @@ struct Process {
   TrainingRun<tiny> run;
 
   static TrainerOptions learning() {
-    return {.schedule = StagedSchedule{{.decay = Decay::wsd_linear, .peak = 1e-3, .minimum = 0, .warmup = 3, .steps = 20, .decay_steps = 5}}, .tokens = T, .micro_rows = 2};
+    const Schedule rates{.decay = Decay::wsd_linear, .peak = 1e-3, .minimum = 0, .warmup = 3, .steps = 20, .decay_steps = 5};
+    return {.schedule = StagedSchedule{rates}, .tokens = T, .micro_rows = 2};
   }
   Process(const TempFolder& tmp, TrainerOptions o = learning(), std::int64_t rows = 3, std::int64_t steps = 20)
       : data(DataSource{packed_files(tmp / "data", "train")}, rows, {.tokens = T, .seed = o.seed, .vocab = tiny::vocab}),
@@ -126,7 +127,8 @@ TEST_CASE("run: a checkpoint of another run is refused, naming both; what only c
   CHECK(changed([](auto& o) { o.beta2 = 0.5f; }).starts_with("beta2: 0.5"));
   CHECK(changed([](auto& o) { o.clip = 0.5f; }).starts_with("clip: 0.5"));
   CHECK(changed([](auto& o) { o.micro_rows = 1; }) == "micro_rows: 1, as this run has it / 2");
-  CHECK(changed([](auto& o) { o.schedule->schedule.warmup = 4; }) == "schedule: a learning rate of 0.00025 at step 1, as this run has it / 0.00033333333");
+  CHECK(changed([](auto& o) { o.schedule->schedule.warmup = 4; }) ==
+        "schedule: a learning rate of 0.00025 at step 1, as this run has it / 0.00033333333");
   CHECK(changed([](auto& o) { o.schedule->schedule.decay_steps = 14; }).starts_with("schedule: a learning rate of "));
   CHECK(changed([](auto& o) { o.schedule->schedule.decay_steps = 3; }) == "none");
   CHECK(changed([](auto& o) { o.checkpointing = Checkpointing::layer; }) == "none");
@@ -136,7 +138,7 @@ TEST_CASE("run: a checkpoint of another run is refused, naming both; what only c
   longer.schedule->schedule.steps = 40;
   CHECK(refusal(Process(tmp, longer, 3, 40)) == "none");
   write_data(tmp / "data", "train_more", 3, 1);  // the prefix finds it too
-  CHECK(refusal(Process(tmp)).starts_with("fingerprint of the data: "));
+  CHECK(refusal(Process(tmp)).starts_with("order of the data: "));
 }
 
 TEST_CASE("run: loaders that do not fit the trainer are an Error") {

@@ -40,7 +40,8 @@ struct TrainingRunOptions {
 template <Config C, TrainingDevice D = Cpu>
 class TrainingRun {
  public:
-  /// `validation` may be null; else it has one row a step, and its blocks are taken in its order. Throws Error where a loader's T is not the trainer's.
+  /// `validation` may be null; else it has one row a step, and its blocks are taken in its order. Throws Error where a loader's T is not the
+  /// trainer's.
   TrainingRun(Trainer<C, D>& trainer, const DataLoader& data, const DataLoader* validation, TrainingRunOptions options)
       : trainer_(&trainer), data_(&data), validation_(validation), options_(std::move(options)) {
     if (options_.steps == 0) options_.steps = std::max<std::int64_t>(0, data.steps());
@@ -49,11 +50,13 @@ class TrainingRun {
                   std::to_string(options_.steps));
     const auto same_tokens = [&](const DataLoader& loader, std::string_view which) {
       if (loader.tokens() != trainer.options().tokens)
-        throw Error("training run", which, "rows of the trainer's " + std::to_string(trainer.options().tokens) + " tokens", std::to_string(loader.tokens()));
+        throw Error("training run", which, "rows of the trainer's " + std::to_string(trainer.options().tokens) + " tokens",
+                    std::to_string(loader.tokens()));
     };
     same_tokens(data, "data");
     if (validation_) same_tokens(*validation_, "validation data");
-    if (validation_ && validation_->rows(0) != 1) throw Error("training run", "validation data", "one row a step", std::to_string(validation_->rows(0)));
+    if (validation_ && validation_->rows(0) != 1)
+      throw Error("training run", "validation data", "one row a step", std::to_string(validation_->rows(0)));
     if (trainer.options().lora) throw Error("training run", "lora", "a trainer of all weights", "adapters");
   }
 
@@ -65,17 +68,19 @@ class TrainingRun {
     if (!newest) return false;
     const std::string file = (*newest / detail::state_json_file).string();
     const detail::json whole = detail::read_json(file);
-    const detail::json &found = detail::object_at(detail::object_at(whole, "state", file), "run", file), expected = agreement();
-    for (const auto& [key, value] : expected.items()) {
+    const detail::json &state = detail::object_at(whole, "state", file), &run = detail::object_at(state, "run", file), ours = agreement();
+    const auto agree = [&](const detail::json& found, const std::string& key, const detail::json& value) {
       const auto it = found.find(key);
       if (it == found.end() || *it != value)
         throw Error(file, key, detail::json_text(value) + ", as this run has it", it == found.end() ? "nothing" : detail::json_text(*it));
-    }
+    };
+    for (const auto& [key, value] : ours.items()) agree(run, key, value);
+    agree(state, "order of the data", data_order());  // last: it tells that seed, blocks, mix or stages differ, but not which
     const detail::JsonObject o(whole, file);
     const detail::json* const step = o.find("step");
     if (!step || !step->is_number_unsigned() || step->get<std::int64_t>() > options_.steps)
       throw o.wrong("step", "0 to the run's " + std::to_string(options_.steps));
-    check_rates(whole["state"], step->get<std::int64_t>(), file);
+    check_rates(state, step->get<std::int64_t>(), file);
     const std::vector<MutableNamedArray> arrays{{"first_moment", trainer_->first_moment()}, {"second_moment", trainer_->second_moment()}};
     trainer_->resume(load_checkpoint(*newest, describe(trainer_->config()), trainer_->weights(), arrays).step);
     saved_ = trainer_->steps();
@@ -128,26 +133,29 @@ class TrainingRun {
 
   /// Writes a checkpoint of the step it stands at, and returns its folder. Throws Error; then the last one is still there.
   std::filesystem::path save() {
-    detail::json state{{"run", agreement()}, {"peak_lr", trainer_->options().peak_lr}, {"tokens_seen", tokens()}};
+    detail::json state{{"run", agreement()}, {"order of the data", data_order()}, {"peak_lr", trainer_->options().peak_lr},
+                       {"tokens_seen", tokens()}};
     if (trainer_->options().schedule) state["schedule"] = *trainer_->options().schedule;
     const std::vector<NamedArray> arrays{{"first_moment", trainer_->first_moment()}, {"second_moment", trainer_->second_moment()}};
-    auto folder = save_checkpoint(options_.folder, steps(), describe(trainer_->config()), trainer_->weights(), arrays, state.dump(), options_.save);
+    const any_llama config = describe(trainer_->config());
+    auto folder = save_checkpoint(options_.folder, steps(), config, trainer_->weights(), arrays, state.dump(), options_.save);
     saved_ = steps();
     return folder;
   }
 
  private:
-  bool due(std::int64_t every) const { return every > 0 && steps() % every == 0; }
+  bool due(std::int64_t every) const { return every > 0 && steps() > 0 && steps() % every == 0; }
+  std::string data_order() const {
+    char digits[16];
+    return {digits, std::to_chars(digits, digits + sizeof digits, data_->fingerprint(), 16).ptr};
+  }
 
   /// What changes the bits of a step that has been done, but for the learning rate. Threads and activation checkpointing do not.
   detail::json agreement() const {
     const TrainerOptions& o = trainer_->options();
-    char order[17] = {};
-    std::to_chars(order, order + 16, data_->fingerprint(), 16);
     return {{"seed", o.seed}, {"tokens", o.tokens}, {"rows", data_->global_rows(0)}, {"micro_rows", o.micro_rows}, {"logits_rows", o.logits_rows},
             {"precision", o.precision == Precision::f32 ? "f32" : "bf16"}, {"beta1", o.beta1}, {"beta2", o.beta2}, {"eps", o.eps},
-            {"weight_decay", o.weight_decay}, {"decay", o.decay == WeightDecay::all ? "all" : "matrices"}, {"clip", o.clip},
-            {"vocab", trainer_->config().vocab}, {"fingerprint of the data", order}};
+            {"weight_decay", o.weight_decay}, {"decay", o.decay == WeightDecay::all ? "all" : "matrices"}, {"clip", o.clip}};
   }
 
   /// The checkpoint's learning rates are those of this run, for all steps done.
