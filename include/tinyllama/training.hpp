@@ -3,4 +3,6 @@
 
 #include "tinyllama/tinyllama.hpp"
 #include "tinyllama/train/checkpoint.hpp"
+#include "tinyllama/train/loader.hpp"
+#include "tinyllama/train/run.hpp"
 #include "tinyllama/train/trainer.hpp"
