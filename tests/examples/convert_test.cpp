@@ -10,9 +10,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include <sys/wait.h>
-
-#include "tests/support.hpp"
+#include "tests/examples/run.hpp"
 
 namespace {
 
@@ -20,24 +18,7 @@ using namespace tinyllama::test;
 using nlohmann::json;
 namespace fs = std::filesystem;
 
-std::string content(const fs::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
-
-struct Result {
-  int status = -1;
-  std::string out, err;
-};
-
-/// `arguments` go through the shell; no path of a TempFolder has a character that it would take for more.
-Result convert(const std::string& arguments) {
-  const TempFolder tmp;
-  const std::string program = (fs::path(TINYLLAMA_TEST_PROGRAMS) / "convert").string();
-  const std::string line = "'" + program + "' " + arguments + " >" + (tmp / "out").string() + " 2>" + (tmp / "err").string();
-  const int status = std::system(line.c_str());
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), content(tmp / "out"), content(tmp / "err")};
-}
+Result convert(const std::string& arguments) { return run_shell("convert", arguments); }
 
 }  // namespace
 

@@ -9,9 +9,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include <sys/wait.h>
-
-#include "tests/support.hpp"
+#include "tests/examples/run.hpp"
 #include "tinyllama/io/tokenizer_file.hpp"
 
 namespace {
@@ -21,25 +19,7 @@ using namespace tinyllama::test;
 using nlohmann::json;
 namespace fs = std::filesystem;
 
-std::string content(const fs::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
 void put(const fs::path& path, const std::string& bytes) { std::ofstream(path, std::ios::binary) << bytes; }
-
-struct Result {
-  int status = -1;
-  std::string out, err;
-};
-
-/// `arguments` go through the shell; no path of a TempFolder has a character that it would take for more.
-Result run(const std::string& program, const std::string& arguments) {
-  const TempFolder tmp;
-  const std::string line = "'" + (fs::path(TINYLLAMA_TEST_PROGRAMS) / program).string() + "' " + arguments + " >" + (tmp / "out").string() +
-                           " 2>" + (tmp / "err").string();
-  const int status = std::system(line.c_str());
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), content(tmp / "out"), content(tmp / "err")};
-}
 
 std::vector<std::int32_t> packed_ids(const fs::path& folder, const std::string& prefix) {
   std::vector<std::int32_t> all;
@@ -72,7 +52,7 @@ TEST_CASE("pack: the ids of all documents in order, with BOS, EOS and separator 
       const auto ids = tokenizer.encode(text, {.bos = bos, .eos = eos});
       expected.insert(expected.end(), ids.begin(), ids.end());
     }
-    const Result r = run("pack", "--json --overwrite --split blank --block 4 --chunk-blocks 2 " + flags + " --tokenizer '" + model + "' --out " +
+    const Result r = run_shell("pack", "--json --overwrite --split blank --block 4 --chunk-blocks 2 " + flags + " --tokenizer '" + model + "' --out " +
                                      (tmp / "out").string() + " " + (tmp / "a.jsonl").string() + " " + (tmp / "b.txt").string());
     REQUIRE_MESSAGE(r.status == 0, r.err);
     const json j = json::parse(r.out);
@@ -91,7 +71,7 @@ TEST_CASE("pack: the same files for any number of threads; validation documents 
   for (int i = 0; i < 300; ++i) text += "document " + std::to_string(i) + " says so\n\n";
   put(tmp / "a.txt", text);
   const auto pack = [&](const std::string& out, const std::string& more) {
-    const Result r = run("pack", "--json --bos --split blank --block 5 --chunk-blocks 50 --validation-fraction 0.2 --tokenizer '" + model +
+    const Result r = run_shell("pack", "--json --bos --split blank --block 5 --chunk-blocks 50 --validation-fraction 0.2 --tokenizer '" + model +
                                      "' --out " + (tmp / out).string() + " " + more + " " + (tmp / "a.txt").string());
     REQUIRE_MESSAGE(r.status == 0, r.err);
     json j = json::parse(r.out);
@@ -113,16 +93,16 @@ TEST_CASE("pack: bad usage is status 2, bad data status 1 and one line that name
   const TempFolder tmp;
   put(tmp / "a.txt", "short");
   put(tmp / "b.jsonl", "{\"text\":\"fine\"}\n{\"text\":}\n");
-  CHECK(run("pack", "").status == 2);
-  CHECK(run("pack", "--help").status == 0);
-  CHECK(run("pack", "--no-such-option").status == 2);
+  CHECK(run_shell("pack", "").status == 2);
+  CHECK(run_shell("pack", "--help").status == 0);
+  CHECK(run_shell("pack", "--no-such-option").status == 2);
   const std::string start = "--tokenizer '" + model + "' --out " + (tmp / "out").string() + " ";
   for (const auto& [arguments, words] : std::vector<std::pair<std::string, std::vector<std::string>>>{
            {(tmp / "a.txt").string(), {"at least one block of 2049 tokens"}},
            {(tmp / "none.txt").string(), {"none.txt"}},
            {"--block 2 " + (tmp / "b.jsonl").string(), {"b.jsonl:2", "valid JSON"}},
            {"--validation-fraction 0.5 --validation-prefix training " + (tmp / "a.txt").string(), {"--validation-prefix"}}}) {
-    const Result r = run("pack", start + arguments);
+    const Result r = run_shell("pack", start + arguments);
     CHECK(r.status == 1);
     CHECK(r.err.starts_with("error: "));
     CHECK(std::count(r.err.begin(), r.err.end(), '\n') == 1);
@@ -137,7 +117,7 @@ TEST_CASE("train_tokenizer: a vocabulary of its own, encoded as by sentencepiece
   for (unsigned i = 0, x = 1; i < 4000; ++i, x = x * 1664525u + 1013904223u)
     text += std::string(words[(x >> 16) % 10]) + (i % 17 == 16 ? ".\n" : " ");
   put(tmp / "a.txt", text + std::string(9000, 'x'));  // a line longer than the trainer takes
-  const Result r = run("train_tokenizer", "--json --vocab 320 --out " + (tmp / "out").string() + " " + (tmp / "a.txt").string());
+  const Result r = run_shell("train_tokenizer", "--json --vocab 320 --out " + (tmp / "out").string() + " " + (tmp / "a.txt").string());
   if (r.err.find("libsentencepiece-dev") != r.err.npos) {
     MESSAGE("skipped: built without the sentencepiece library");
     return;
@@ -154,7 +134,7 @@ TEST_CASE("train_tokenizer: a vocabulary of its own, encoded as by sentencepiece
   CHECK(tokenizer.encode("the walking").size() <= 6);  // of 11 characters and a space
   for (const std::string s : {"unseen \u4f60 bytes", "  spaces\n\nand\tlines ", "12 34"}) CHECK(tokenizer.decode(tokenizer.encode(s)) == s);
   CHECK(tokenizer.encode("1848").size() >= 4);  // digits stay apart
-  const Result large = run("train_tokenizer", "--vocab 30000 --out " + (tmp / "out").string() + " " + (tmp / "a.txt").string());
+  const Result large = run_shell("train_tokenizer", "--vocab 30000 --out " + (tmp / "out").string() + " " + (tmp / "a.txt").string());
   CHECK(large.status == 1);
   CHECK(large.err.find("error: sentencepiece") != large.err.npos);
 }

@@ -19,7 +19,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "tests/support.hpp"
+#include "tests/examples/run.hpp"
 #include "tinyllama/train/checkpoint.hpp"
 #include "tinyllama/train/schedule.hpp"
 
@@ -33,10 +33,6 @@ using Arguments = std::vector<std::string>;
 
 constexpr int T = 16, vocab = 64;
 
-std::string content(const fs::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
 void put(const fs::path& path, const std::string& bytes) { std::ofstream(path, std::ios::binary) << bytes; }
 
 /// Sequences that count by a stride of their own: to be learned within some 100 steps.
@@ -54,7 +50,7 @@ void write_data(const fs::path& folder, const std::string& prefix, int blocks, s
 
 /// Starts the program; standard output and error go into files.
 pid_t start(const Arguments& arguments, const fs::path& out, const fs::path& err) {
-  const std::string program = (fs::path(TINYLLAMA_TEST_PROGRAMS) / "pretrain").string(), out_path = out.string(), err_path = err.string();
+  const std::string program = program_path("pretrain"), out_path = out.string(), err_path = err.string();
   std::vector<char*> argv{const_cast<char*>(program.c_str())};
   for (const std::string& a : arguments) argv.push_back(const_cast<char*>(a.c_str()));
   argv.push_back(nullptr);
@@ -73,11 +69,6 @@ int wait_for(pid_t child) {
   REQUIRE(::waitpid(child, &status, 0) == child);
   return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
-
-struct Result {
-  int status = -1;
-  std::string out, err;
-};
 
 Result run(const Arguments& arguments) {
   const TempFolder tmp;
@@ -144,7 +135,6 @@ void check_same(const std::map<std::int64_t, std::string>& found, const std::map
   }
 }
 
-bool one_error_line(const std::string& err) { return err.starts_with("error: ") && std::count(err.begin(), err.end(), '\n') == 1; }
 
 }  // namespace
 

@@ -30,15 +30,25 @@ inline std::string quoted(const std::string& s) {
   return q + "'";
 }
 
+/// A line of the shell: what it wrote, and how it ended.
+inline Result run_line(const std::string& line) {
+  const TempFolder folder;
+  const int status = std::system((line + " >" + quoted((folder / "out").string()) + " 2>" + quoted((folder / "err").string())).c_str());
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), content(folder / "out"), content(folder / "err")};
+}
+
+inline std::string program_path(const std::string& program) { return (std::filesystem::path(TINYLLAMA_TEST_PROGRAMS) / program).string(); }
+
 inline Result run(const std::string& program, const std::vector<std::string>& arguments, const std::string& input = "") {
   const TempFolder folder;
   std::ofstream(folder / "in", std::ios::binary) << input;
-  std::string line = quoted((std::filesystem::path(TINYLLAMA_TEST_PROGRAMS) / program).string());
+  std::string line = quoted(program_path(program));
   for (const auto& a : arguments) line += " " + quoted(a);
-  line += " <" + quoted((folder / "in").string()) + " >" + quoted((folder / "out").string()) + " 2>" + quoted((folder / "err").string());
-  const int status = std::system(line.c_str());
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), content(folder / "out"), content(folder / "err")};
+  return run_line(line + " <" + quoted((folder / "in").string()));
 }
+
+/// The same with arguments that go through the shell; no path of a TempFolder has a character that it would take for more.
+inline Result run_shell(const std::string& program, const std::string& arguments) { return run_line(quoted(program_path(program)) + " " + arguments); }
 
 inline bool one_error_line(const std::string& err) { return err.starts_with("error: ") && std::count(err.begin(), err.end(), '\n') == 1; }
 

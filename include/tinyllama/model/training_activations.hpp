@@ -7,6 +7,7 @@
 #include "tinyllama/config/parameters.hpp"
 #include "tinyllama/device/training.hpp"
 #include "tinyllama/model/block.hpp"
+#include "tinyllama/model/learned.hpp"
 #include "tinyllama/tensor/arena.hpp"
 
 namespace tinyllama {
