@@ -124,7 +124,8 @@ TEST_CASE("training: matrix products of operands as they lie, transposed or not"
 
 TEST_CASE("training: attention without a T x T matrix, forward and backward") {
   for_each_training_table([](const TrainingKernels& k) {
-    for (const auto& [T, hd] : {std::array<index_t, 2>{1, 2}, {2, 8}, {7, 16}, {63, 16}, {64, 64}, {65, 20}, {127, 64}, {130, 36}, {200, 128}, {193, 64}, {70, 256}}) {
+    for (const auto& shape : {std::array<index_t, 2>{1, 2}, {2, 8}, {7, 16}, {63, 16}, {64, 64}, {65, 20}, {127, 64}, {130, 36}, {200, 128}, {193, 64}, {70, 256}}) {
+      const index_t T = shape[0], hd = shape[1];
       CAPTURE(T);
       CAPTURE(hd);
       Head expected(T, hd), got(T, hd), rounded(T, hd);

@@ -18,17 +18,30 @@ namespace {
 inline constexpr int flash_rows = lanes >= 8 ? 4 : 2;
 inline constexpr int flash_panels = lanes >= 16 ? 4 : 1;
 
-/// y [64, panels x 16] (+)= a b^T; `row_tile(i)` says where rows i.. of A are.
-template <class E, class RowTile>
-HWY_INLINE void FlashProduct(RowTile row_tile, const E* b, index_t panel_stride, index_t panels, index_t k, index_t rows, float* y, index_t ldy, bool accumulate) {
+/// Rows of A: in panels of 16 that lie `stride` apart, or as they are.
+template <class E>
+struct PanelRows {
+  const E* panels;
+  index_t stride;
+  HWY_INLINE TileRows<E> from(index_t i) const { return InPanel(panels + i / 16 * stride, i % 16); }
+};
+template <class E>
+struct BlockRows {
+  const E* rows;
+  HWY_INLINE TileRows<E> from(index_t i) const { return InRows(rows + i * flash_block, flash_block); }
+};
+
+/// y [64, panels x 16] (+)= a b^T
+template <class E, class Rows>
+HWY_INLINE void FlashProduct(Rows a, const E* b, index_t panel_stride, index_t panels, index_t k, index_t rows, float* y, index_t ldy, bool accumulate) {
   index_t p = 0;
   for (; p + flash_panels <= panels; p += flash_panels)
     for (index_t i = 0; i < rows; i += flash_rows)
-      GemmTile<flash_rows, flash_panels>(row_tile(i), b + p * panel_stride, panel_stride, k, y + i * ldy + p * 16, ldy, flash_panels * 16, accumulate);
+      GemmTile<flash_rows, flash_panels>(a.from(i), b + p * panel_stride, panel_stride, k, y + i * ldy + p * 16, ldy, flash_panels * 16, accumulate);
   if constexpr (flash_panels > 1)
     for (; p < panels; ++p)
       for (index_t i = 0; i < rows; i += flash_rows)
-        GemmTile<flash_rows, 1>(row_tile(i), b + p * panel_stride, panel_stride, k, y + i * ldy + p * 16, ldy, 16, accumulate);
+        GemmTile<flash_rows, 1>(a.from(i), b + p * panel_stride, panel_stride, k, y + i * ldy + p * 16, ldy, 16, accumulate);
 }
 
 /// Packs `rows` rows of k columns, and zeros up to whole blocks of 64 rows.
@@ -110,8 +123,7 @@ void FlashForward(const FlashTask& t) {
     for (index_t i = 0; i < flash_block * stride; ++i) o[i] = 0;
     for (index_t r = 0; r < rows; ++r) max[r] = -std::numeric_limits<float>::infinity(), sum[r] = 0;
     for (index_t k0 = 0; k0 <= q0; k0 += flash_block) {
-      FlashProduct<E>([&](index_t i) HWY_ATTR { return InPanel(q_rows + i / 16 * row_panel, i % 16); }, k_rows + k0 / 16 * row_panel, row_panel,
-                      flash_block / 16, hd, tiled, s, flash_block, false);
+      FlashProduct(PanelRows<E>{q_rows, row_panel}, k_rows + k0 / 16 * row_panel, row_panel, flash_block / 16, hd, tiled, s, flash_block, false);
       for (index_t r = 0; r < rows; ++r) {
         const index_t seen = q0 + r - k0 + 1;  // keys of this block that the row sees; above 64: all
         float* row = s + r * flash_block;
@@ -135,8 +147,7 @@ void FlashForward(const FlashTask& t) {
         if (factor != 1.0f)
           for (index_t c = 0; c < stride; c += lanes) hn::StoreU(hn::Mul(hn::LoadU(d, o + r * stride + c), hn::Set(d, factor)), d, o + r * stride + c);
       }
-      FlashProduct<E>([&](index_t i) HWY_ATTR { return InRows(weights + i * flash_block, flash_block); }, v_columns + k0 * 16, column_panel, head_panels,
-                      flash_block, tiled, o, stride, true);
+      FlashProduct(BlockRows<E>{weights}, v_columns + k0 * 16, column_panel, head_panels, flash_block, tiled, o, stride, true);
     }
     for (index_t r = 0; r < rows; ++r) {
       const float inverse = 1.0f / sum[r];
@@ -185,11 +196,9 @@ void FlashBackward(const FlashGradTask& g) {
     for (index_t i = 0; i < flash_block * stride; ++i) dk[i] = dv[i] = 0;
     for (index_t q0 = k0; q0 < T; q0 += flash_block) {
       const index_t rows = T - q0 < flash_block ? T - q0 : flash_block, tiled = (rows + flash_rows - 1) / flash_rows * flash_rows;
-      const auto at = [&](const E* panels) HWY_ATTR {
-        return [=](index_t i) HWY_ATTR { return InPanel(panels + (q0 + i) / 16 * row_panel, i % 16); };
-      };
-      FlashProduct<E>(at(q_rows), k_rows + k0 / 16 * row_panel, row_panel, flash_block / 16, hd, tiled, s, flash_block, false);
-      FlashProduct<E>(at(do_rows), v_rows + k0 / 16 * row_panel, row_panel, flash_block / 16, hd, tiled, dp, flash_block, false);
+      const index_t q_panel = q0 / 16 * row_panel, k_panel = k0 / 16 * row_panel;
+      FlashProduct(PanelRows<E>{q_rows + q_panel, row_panel}, k_rows + k_panel, row_panel, flash_block / 16, hd, tiled, s, flash_block, false);
+      FlashProduct(PanelRows<E>{do_rows + q_panel, row_panel}, v_rows + k_panel, row_panel, flash_block / 16, hd, tiled, dp, flash_block, false);
       for (index_t r = 0; r < flash_block; r += 2) {
         V p[2], ds[2];
         float lse[2] = {}, dot[2] = {};
@@ -211,13 +220,10 @@ void FlashBackward(const FlashGradTask& g) {
           StoreWeights(ds_rows + (r + 1) * flash_block, c, ds[1]);
         }
       }
-      const auto transposed = [&](const E* panels) HWY_ATTR {
-        return [=](index_t i) HWY_ATTR { return InPanel(panels + i / 16 * flash_block * 16, i % 16); };
-      };
-      FlashProduct<E>(transposed(p_t), do_columns + q0 * 16, column_panel, head_panels, flash_block, flash_block, dv, stride, true);
-      FlashProduct<E>(transposed(ds_t), q_columns + q0 * 16, column_panel, head_panels, flash_block, flash_block, dk, stride, true);
-      FlashProduct<E>([&](index_t i) HWY_ATTR { return InRows(ds_rows + i * flash_block, flash_block); }, k_columns + k0 * 16, column_panel, head_panels,
-                      flash_block, tiled, dq + q0 * stride, stride, true);
+      const PanelRows<E> p_columns{p_t, flash_block * 16}, ds_columns{ds_t, flash_block * 16};
+      FlashProduct(p_columns, do_columns + q0 * 16, column_panel, head_panels, flash_block, flash_block, dv, stride, true);
+      FlashProduct(ds_columns, q_columns + q0 * 16, column_panel, head_panels, flash_block, flash_block, dk, stride, true);
+      FlashProduct(BlockRows<E>{ds_rows}, k_columns + k0 * 16, column_panel, head_panels, flash_block, tiled, dq + q0 * stride, stride, true);
     }
     for (index_t r = 0; r < flash_block && k0 + r < T; ++r)
       for (index_t c = 0; c < hd; ++c) {

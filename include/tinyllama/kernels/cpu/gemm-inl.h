@@ -174,22 +174,25 @@ HWY_INLINE void GemmTile(TileRows<bf16> a, const bf16* b, index_t panel_stride, 
 }
 #endif
 
+/// MR rows of A from row i on, within one of its panels, against NP panels of B.
+template <class E, int MR, int NP>
+HWY_INLINE void GemmTileAt(const GemmTask& t, const E* a, const E* b, index_t i, index_t panel, index_t kc, bool accumulate) {
+  const index_t stride = panel_elements(t.k), column = panel * panel_rows;
+  GemmTile<MR, NP>(InPanel(a + i / panel_rows * stride, i % panel_rows), b, stride, kc, t.y + i * t.ldy + column, t.ldy, t.n - column, accumulate);
+}
+
 /// Rows [first_row, last_row) against NP panels of B, columns [k0, k0 + kc): 8 rows at a time, as many as half a panel of A has.
 template <class E, int NP>
 void GemmRows(const GemmTask& t, index_t first_row, index_t last_row, index_t panel, index_t k0, index_t kc) {
-  const index_t stride = panel_elements(t.k), valid = t.n - panel * panel_rows;
-  const E *a = reinterpret_cast<const E*>(t.a) + k0 * panel_rows, *b = reinterpret_cast<const E*>(t.b) + panel * stride + k0 * panel_rows;
+  const E* a = reinterpret_cast<const E*>(t.a) + k0 * panel_rows;
+  const E* b = reinterpret_cast<const E*>(t.b) + panel * panel_elements(t.k) + k0 * panel_rows;
   const bool accumulate = t.accumulate || k0 > 0;
   constexpr int most = NP == tile_panels ? tile_rows : 4;
   index_t i = first_row;
-  const auto tile = [&]<int MR>() HWY_ATTR {
-    GemmTile<MR, NP>(InPanel(a + i / panel_rows * stride, i % panel_rows), b, stride, kc, t.y + i * t.ldy + panel * panel_rows, t.ldy, valid, accumulate);
-    i += MR;
-  };
   if constexpr (16 % most == 0)
-    while (i + most <= last_row) tile.template operator()<most>();
-  while (i + 4 <= last_row) tile.template operator()<4>();
-  while (i < last_row) tile.template operator()<1>();
+    for (; i + most <= last_row; i += most) GemmTileAt<E, most, NP>(t, a, b, i, panel, kc, accumulate);
+  for (; i + 4 <= last_row; i += 4) GemmTileAt<E, 4, NP>(t, a, b, i, panel, kc, accumulate);
+  for (; i < last_row; ++i) GemmTileAt<E, 1, NP>(t, a, b, i, panel, kc, accumulate);
 }
 
 template <class E>
