@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """LoRA on SmolLM2: does it learn made-up facts, and do other answers stay?
 
-240 questions and answers about 60 made-up facts, each asked in four ways, and the base model's own answers to 60 everyday questions (so that it
-keeps to them); then the made-up questions again, and 20 everyday ones that were not among the 60: their first 12 words beside the base model's.
+240 questions and answers about 60 made-up facts, each asked in four ways, and the base model's own answers to 120 everyday questions (so that it
+keeps to them); then the made-up questions again, and 20 everyday ones that were not among the 120, beside the base model.
   benchmarks/finetune_check.py MODEL.gguf [--epochs 8] [--out FOLDER]"""
 import argparse
 import json
 import pathlib
 import random
+import re
 import subprocess
 import tempfile
 
@@ -23,10 +24,13 @@ KINDS = [
 ]
 SUBJECTS = ["gravity", "rain", "a violin", "photosynthesis", "a library", "an atom", "democracy", "a volcano", "sleep", "a bridge", "salt", "the moon", "a poem", "bread", "a computer",
             "the heart", "a river", "music", "ice", "a compass", "an island", "honey", "a map", "the sun", "glass", "a train", "paper", "a desert", "the brain", "a clock"]
-ASKED = ["What is {}?", "Why does {} matter?"]
-HELD_OUT = ["What is the capital of France?", "What is the capital of Italy?", "Who wrote Hamlet?", "What is water made of?", "How many days are in a week?", "What do cows eat?",
-            "What is a noun?", "Why is the sky blue?", "What is the largest ocean?", "Name three fruits.", "What is 2 plus 2?", "What is a dog?", "Who was Isaac Newton?",
-            "What is the freezing point of water?", "How do birds fly?", "What is a mountain?", "What colour is grass?", "What is money for?", "What is a teacher?", "Where do fish live?"]
+ASKED = ["What is {}?", "Why does {} matter?", "Tell me about {}.", "How would you describe {}?"]
+HELD_OUT = {  # and what a right answer names
+    "What is the capital of France?": "Paris", "What is the capital of Italy?": "Rome", "Who wrote Hamlet?": "Shakespeare", "What is water made of?": "hydrogen",
+    "How many days are in a week?": "7|seven", "What do cows eat?": "grass", "What is a noun?": "person|place|thing", "Why is the sky blue?": "light|scatter",
+    "What is the largest ocean?": "Pacific", "Name three fruits.": "apple|banana|orange", "What is 2 plus 2?": "4|four", "What is a dog?": "domesticated",
+    "Who was Isaac Newton?": "physic|mathematic", "What is the freezing point of water?": " 0 ?°C|32 ?°F|0 degrees", "How do birds fly?": "wing", "What is a mountain?": "terrain|elevat|summit|peak",
+    "What colour is grass?": "green", "What is money for?": "exchange|goods|buy|pay", "What is a teacher?": "educat|instruct|teach(es|ing)", "Where do fish live?": "water|ocean|river"}
 
 
 def ask(model, question, adapter=None):
@@ -64,12 +68,15 @@ def main():
     known = sum(a in ask(o.model, q, adapter) for q, a in made_up)
     before = sum(a in ask(o.model, q) for q, a in made_up[::12])
     print(f"made-up questions answered: {known} of {len(made_up)} (the base model: {before} of {len(made_up[::12])})")
-    same = 0
-    for q in HELD_OUT:
+    same, right, kept = 0, 0, 0
+    for q, names in HELD_OUT.items():
         base, now = ask(o.model, q), ask(o.model, q, adapter)
         same += first_words(base) == first_words(now)
+        if re.search(names, base, re.I):
+            right += 1
+            kept += bool(re.search(names, now, re.I))
         print(f"  {q}\n    base: {first_words(base, 20)}\n    now:  {first_words(now, 20)}")
-    print(f"other answers whose first 12 words are the base model's: {same} of {len(HELD_OUT)}")
+    print(f"of {len(HELD_OUT)} other questions the base model answers {right} right, and of these now {kept}; the first 12 words are the same in {same}")
 
 
 if __name__ == "__main__":

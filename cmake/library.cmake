@@ -15,6 +15,10 @@ get_target_property(hwy_include_dirs hwy::hwy INTERFACE_INCLUDE_DIRECTORIES)
 target_include_directories(tinyllama_headers SYSTEM INTERFACE
   "$<BUILD_INTERFACE:${hwy_include_dirs}>" $<INSTALL_INTERFACE:$<TARGET_PROPERTY:hwy::hwy,INTERFACE_INCLUDE_DIRECTORIES>>)
 
+# On aarch64 under g++, Highway 1.0.3 compiles all its code for +crypto, so that a lambda given to map, which is compiled without, could not
+# inline it. This takes Highway's run-time dispatch away there, and with it that attribute; NEON is the only table there is. Elsewhere: nothing.
+target_compile_definitions(tinyllama_headers INTERFACE TOOLCHAIN_MISS_SYS_AUXV_H)
+
 # tinyllama::tinyllama: the same, with kernels for every instruction set, chosen at run time. Link it PRIVATE, and once a program.
 add_library(tinyllama_tinyllama INTERFACE)
 add_library(tinyllama::tinyllama ALIAS tinyllama_tinyllama)
@@ -36,7 +40,7 @@ function(tinyllama_interface_sources target)
       $<INSTALL_INTERFACE:$<INSTALL_PREFIX>/${CMAKE_INSTALL_INCLUDEDIR}/tinyllama/${source}>)
   endforeach()
 endfunction()
-set(tinyllama_sources kernels/cpu/dispatch.cpp io/compiled.cpp)
+set(tinyllama_sources kernels/cpu/dispatch.cpp io/compiled.cpp generate/instances.cpp)
 set(tinyllama_training_sources kernels/cpu/training_dispatch.cpp)
 tinyllama_interface_sources(tinyllama_tinyllama ${tinyllama_sources})
 tinyllama_interface_sources(tinyllama_training ${tinyllama_training_sources})

@@ -11,15 +11,16 @@
 namespace example {
 
 struct ModelOptions {
-  std::string path, adapter, compute = "auto", cache = "f16";
+  std::string path, adapter, packed, compute = "auto", cache = "f16";
   int threads = 0;
 
   void add_to(CLI::App& app) {
     app.add_option("--model", path, "a GGUF file or a folder in Hugging Face layout")->required();
     app.add_option("--adapter", adapter, "a folder of LoRA adapters in PEFT's layout, added to the model");
+    app.add_option("--packed", packed, "a file that keeps the packed weights: written at the first start, mapped at the next");
     app.add_option("--threads", threads, "threads; 0: one for each core")->check(CLI::NonNegativeNumber);
     app.add_option("--dtype", compute, "arithmetic of the matrix products: auto, f32, bf16 or int8 (block formats)")->check(CLI::IsMember({"auto", "f32", "bf16", "int8"}));
-    app.add_option("--cache", cache, "format of the KV cache")->check(CLI::IsMember({"f32", "f16", "bf16"}));
+    app.add_option("--cache", cache, "format of the KV cache")->check(CLI::IsMember({"f32", "f16", "bf16", "q8_0"}));
   }
   tinyllama::Compute compute_format() const {
     using tinyllama::Compute;
@@ -27,7 +28,7 @@ struct ModelOptions {
   }
   tinyllama::Format cache_format() const { return tinyllama::parse_format(cache); }
   tinyllama::LoadOptions load(bool quiet = false) const {
-    return {.compute = compute_format(), .cache = cache_format(), .progress = quiet ? std::function<void(std::size_t, std::size_t)>() : progress("loading")};
+    return {.compute = compute_format(), .cache = cache_format(), .packed = packed, .progress = quiet ? std::function<void(std::size_t, std::size_t)>() : progress("loading")};
   }
 };
 

@@ -6,5 +6,6 @@
 #include "tinyllama/device/cpu.hpp"
 #include "tinyllama/device/operations.hpp"
 #include "tinyllama/generate/generate.hpp"
+#include "tinyllama/generate/instances.hpp"
 #include "tinyllama/model/load.hpp"
 #include "tinyllama/text/chat_template.hpp"

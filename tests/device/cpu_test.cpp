@@ -137,13 +137,15 @@ struct Cache {
   }
 };
 
-void check_attention(Format format, index_t heads, index_t kv_heads, index_t head_dim, const std::vector<std::pair<index_t, index_t>>& sequences) {
+void check_attention(Format format, index_t heads, index_t kv_heads, index_t head_dim, const std::vector<std::pair<index_t, index_t>>& sequences,
+                     Compute compute = Compute::f32) {
   CAPTURE(std::string(name(format)));
   CAPTURE(heads);
   CAPTURE(kv_heads);
   CAPTURE(head_dim);
   constexpr index_t layers = 2, layer = 1;
-  Cache cache({format, layers, kv_heads, head_dim}, sequences);
+  Cache cache({format, layers, kv_heads, head_dim, compute}, sequences);
+  const double rounding = compute == Compute::bf16 ? 0x1p-8 : 0;  // as in tests/kernels/attention_test.cpp
   Random random(11);
   // All keys and values up to each sequence's end, as the model would have stored them: the past first, then the batch.
   struct Past {
@@ -197,7 +199,7 @@ void check_attention(Format format, index_t heads, index_t kv_heads, index_t hea
           }
           const auto at = static_cast<std::size_t>(qh - q.data() + d);
           expected[at] = static_cast<float>(o);
-          bound[at] = sum_bound * (2 * most + 3) * size;  // as in tests/kernels/attention_test.cpp
+          bound[at] = (sum_bound + rounding) * (2 * most + 3) * size;
         }
       }
   }
@@ -342,6 +344,15 @@ TEST_CASE("attention: one sequence; heads of other widths, without groups, and m
   check_attention(Format::f32, 9, 3, 80, {{63, 5}});
   check_attention(Format::f16, 70, 1, 16, {{10, 5}, {300, 1}});
   check_attention(Format::bf16, 2, 1, 256, {{100, 7}, {256, 1}});
+}
+
+TEST_CASE("attention by products of bf16: prefill in blocks, decoding beside it") {
+  for (const Format f : {Format::f16, Format::bf16}) {
+    check_attention(f, 8, 1, 64, {{0, 150}, {300, 1}, {77, 40}, {0, 4}}, Compute::bf16);
+    check_attention(f, 3, 3, 20, {{0, 300}}, Compute::bf16);
+  }
+  check_attention(Format::f16, 70, 1, 16, {{10, 5}, {300, 1}}, Compute::bf16);
+  check_attention(Format::bf16, 2, 1, 256, {{100, 90}}, Compute::bf16);
 }
 
 TEST_CASE("operations by rows: strided views, the same bits for any number of threads") {

@@ -33,7 +33,8 @@ struct Pages {
   }
 };
 
-void check_attention(const Kernels& kernels, const Case& c) {
+// `narrow`: attention_bf16, whose products are of numbers rounded to bf16.
+void check_attention(const Kernels& kernels, const Case& c, bool narrow = false) {
   CAPTURE(std::string(name(c.format)));
   CAPTURE(c.head_dim);
   CAPTURE(c.group);
@@ -58,7 +59,9 @@ void check_attention(const Kernels& kernels, const Case& c) {
   t.o = expected.o.data(), t.max = expected.max.data(), t.sum = expected.sum.data();
   reference::attention(t);
   t.o = got.o.data(), t.max = got.max.data(), t.sum = got.sum.data();
-  kernels.attention(t);
+  narrow ? kernels.attention_bf16(t) : kernels.attention(t);
+  // A rounding to bf16 is half of 2^-8; each product has two of them in the scores, and two beside the values.
+  const double rounding = narrow && kernels.bf16_dot ? 0x1p-8 : 0;
   for (index_t r = 0; r < rows; ++r) {
     CAPTURE(r);
     const auto ur = static_cast<std::size_t>(r);
@@ -78,15 +81,15 @@ void check_attention(const Kernels& kernels, const Case& c) {
       double size = 0, dot = 0;
       for (index_t d = 0; d < c.head_dim; ++d) {
         const double term = static_cast<double>(q[static_cast<std::size_t>(r / c.group * ldq + r % c.group * c.head_dim + d)]) *
-                            reference::load(c.format, k, d * page_tokens + p % page_tokens);
+                            reference::load_k(c.format, k, c.head_dim, p % page_tokens, d);
         size += std::fabs(term), dot += term;
       }
       most = std::max(most, size * t.scale);
       for (index_t d = 0; d < stride; ++d)
         weighted[static_cast<std::size_t>(d)] += std::exp(dot * t.scale - expected.max[ur]) / expected.sum[ur] *
-                                                 std::fabs(reference::load(c.format, v, p % page_tokens * stride + d));
+                                                 std::fabs(reference::load_v(c.format, v, c.head_dim, p % page_tokens, d));
     }
-    const double bound = sum_bound * (2 * most + 2);
+    const double bound = (sum_bound + rounding) * (2 * most + 2);
     CHECK(std::fabs((got.max[ur] + std::log(static_cast<double>(got.sum[ur]))) - (expected.max[ur] + std::log(static_cast<double>(expected.sum[ur])))) <= bound);
     for (Result* result : {&expected, &got})
       for (index_t d = 0; d < stride; ++d) result->o[static_cast<std::size_t>(r * stride + d)] /= result->sum[ur];
@@ -98,7 +101,7 @@ void check_attention(const Kernels& kernels, const Case& c) {
 
 TEST_CASE("store_kv writes its slot, transposed K and padded V, and nothing else") {
   for_each_table([](const Kernels& kernels) {
-    for (const Format f : {Format::f32, Format::f16, Format::bf16})
+    for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::q8_0})
       for (const index_t head_dim : {1, 8, 15, 16, 17, 48, 64, 128})
         for (const index_t slot : {0, 1, 37, 63}) {
           CAPTURE(std::string(name(f)));
@@ -119,7 +122,7 @@ TEST_CASE("store_kv writes its slot, transposed K and padded V, and nothing else
 
 TEST_CASE("attention: head dimensions, groups and cache formats") {
   for_each_table([](const Kernels& kernels) {
-    for (const Format f : {Format::f32, Format::f16, Format::bf16})
+    for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::q8_0})
       for (const index_t head_dim : {8, 16, 48, 64, 80, 128})
         for (const index_t group : {1, 3, 8})
           for (const index_t position : {0, 1, 62, 63, 64, 130}) check_attention(kernels, {f, head_dim, group, 1, position, 0, position + 1});
@@ -134,13 +137,26 @@ TEST_CASE("attention: a head of any width up to the largest") {
 
 TEST_CASE("attention: several tokens see up to themselves, across pages") {
   for_each_table([](const Kernels& kernels) {
-    for (const Format f : {Format::f32, Format::f16, Format::bf16})
+    for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::q8_0})
       for (const index_t tokens : {2, 3, 5, 16, 21})
         for (const index_t group : {1, 3, 4})
           for (const index_t position : {0, 50, 63, 64, 120}) check_attention(kernels, {f, 16, group, tokens, position, 0, position + tokens});
     check_attention(kernels, {Format::f16, 64, 8, 8, 500, 0, 508});
     check_attention(kernels, {Format::f32, 64, 1, 64, 0, 0, 64});
     check_attention(kernels, {Format::f32, 64, 1, 130, 0, 0, 130});
+  });
+}
+
+TEST_CASE("attention_bf16: blocks of prefill, across pages, every head dimension") {
+  for_each_table([](const Kernels& kernels) {
+    for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::q8_0})
+      for (const index_t head_dim : {1, 8, 15, 48, 64, 80, 128, 256})
+        for (const index_t group : {1, 3, 8})
+          for (const index_t position : {0, 63, 130}) {
+            const index_t tokens = prefill_rows(head_dim) / group;
+            check_attention(kernels, {f, head_dim, group, tokens, position, 0, position + tokens}, true);
+            check_attention(kernels, {f, head_dim, group, 5, position, 0, position + 5}, true);
+          }
   });
 }
 

@@ -174,8 +174,12 @@ TEST_CASE("quantise_activations") {
       const Result empty{std::vector<std::int8_t>(32 * groups + 1, 77), std::vector<float>(groups + 1, canary), std::vector<float>(groups + 1, canary),
                          std::vector<float>(2 * groups + 1, canary)};
       Result expected = empty, got = empty;
-      reference::quantise_activations(expected.q.data(), expected.scale.data(), expected.sum32.data(), expected.sum16.data(), x.data(), n);
-      kernels.quantise_activations(got.q.data(), got.scale.data(), got.sum32.data(), got.sum16.data(), x.data(), n);
+      reference::quantise_activations(expected.q.data(), expected.scale.data(), expected.sum32.data(), expected.sum16.data(), x.data(), n, false);
+      auto codes = expected.q;  // 128 added, seen as signed, is the top bit flipped
+      for (std::size_t i = 0; i < 32 * groups; ++i) codes[i] = static_cast<std::int8_t>(codes[i] ^ -128);
+      kernels.quantise_activations(got.q.data(), got.scale.data(), got.sum32.data(), got.sum16.data(), x.data(), n, true);
+      check_same(got.q, codes);
+      kernels.quantise_activations(got.q.data(), got.scale.data(), got.sum32.data(), got.sum16.data(), x.data(), n, false);
       // Each step is one rounding of the same numbers: nothing may differ.
       check_same(got.q, expected.q);
       const auto exact = [](index_t) { return 0.0; };

@@ -30,7 +30,7 @@ struct Activations {
     q.resize(static_cast<std::size_t>(m * k));
     scale.resize(q.size() / 32), sum32.resize(q.size() / 32), sum16.resize(q.size() / 16);
     for (index_t i = 0; i < m; ++i)
-      reference::quantise_activations(q.data() + i * k, scale.data() + i * k / 32, sum32.data() + i * k / 32, sum16.data() + i * k / 16, x.data() + i * ldx, k);
+      reference::quantise_activations(q.data() + i * k, scale.data() + i * k / 32, sum32.data() + i * k / 32, sum16.data() + i * k / 16, x.data() + i * ldx, k, false);
   }
 };
 
@@ -40,7 +40,8 @@ const std::vector<index_t>& row_counts() {
 }
 
 // The kernel on the ranges of panels that the units of a device's fork take: all, from the first, from the middle, none.
-void check_matmul(Matmul kernel, Matmul reference, const TestMatrix& w, const Activations& a) {
+// More than `signed_rows` rows of int8 are handed to the kernel with 128 added.
+void check_matmul(Matmul kernel, Matmul reference, const TestMatrix& w, const Activations& a, index_t signed_rows = std::numeric_limits<index_t>::max()) {
   CAPTURE(std::string(name(w.format)));
   CAPTURE(w.n);
   CAPTURE(w.k);
@@ -53,6 +54,11 @@ void check_matmul(Matmul kernel, Matmul reference, const TestMatrix& w, const Ac
   t.x_scale = a.scale.data(), t.x_sum32 = a.sum32.data(), t.x_sum16 = a.sum16.data();
   t.y = expected.data();
   reference(t, 0, panels);
+  auto codes = a.q;
+  if (a.m > signed_rows) {
+    for (std::int8_t& q : codes) q = static_cast<std::int8_t>(q ^ -128);
+    t.x_q8 = codes.data();
+  }
   std::vector<double> bound(expected.size(), 0.0);
   for (index_t j = 0; j < w.n; ++j) {
     const auto row = w.row(j);
@@ -138,11 +144,11 @@ TEST_CASE("matmul_int8 on every block format, every m") {
           const TestMatrix w(format.format, n, blocks * format.block, random);
           const bool every = blocks == 2 && n == 40;
           for (const index_t m : every ? row_counts() : std::vector<index_t>{1, 3, 17})
-            check_matmul(kernels.matmul_int8, reference::matmul_int8, w, Activations(m, w.k, random));
+            check_matmul(kernels.matmul_int8, reference::matmul_int8, w, Activations(m, w.k, random), kernels.int8_signed_rows);
         }
       Random random(5632);
       const TestMatrix w(format.format, 20, 5632, random);
-      for (const index_t m : {1, 5, 16}) check_matmul(kernels.matmul_int8, reference::matmul_int8, w, Activations(m, w.k, random));
+      for (const index_t m : {1, 5, 16, 31}) check_matmul(kernels.matmul_int8, reference::matmul_int8, w, Activations(m, w.k, random), kernels.int8_signed_rows);
     }
   });
 }
@@ -154,13 +160,13 @@ TEST_CASE("matmul_int8 at the ends of the codes: nothing saturates") {
       Random random(3);
       const index_t k = 2 * format.block, n = 16;
       TestMatrix w(format.format, n, k, random);
-      Activations a(4, k, random);
+      Activations a(20, k, random);  // by tiles, and its first rows as a stream
       // All activations at +-127; all codes at 0 or at their largest, but for the scales.
       for (index_t i = 0; i < a.m; ++i)
-        for (index_t c = 0; c < k; ++c) a.x[static_cast<std::size_t>(i * a.ldx + c)] = i == 0 ? 1.0f : i == 1 ? -1.0f : c % 2 ? 1.0f : -1.0f;
+        for (index_t c = 0; c < k; ++c) a.x[static_cast<std::size_t>(i * a.ldx + c)] = i % 4 == 0 ? 1.0f : i % 4 == 1 ? -1.0f : c % 2 ? 1.0f : -1.0f;
       for (index_t i = 0; i < a.m; ++i)
         reference::quantise_activations(a.q.data() + i * k, a.scale.data() + i * k / 32, a.sum32.data() + i * k / 32, a.sum16.data() + i * k / 16,
-                                        a.x.data() + i * a.ldx, k);
+                                        a.x.data() + i * a.ldx, k, false);
       for (const float value : {1.0f, -1.0f}) {
         const std::size_t stride = row_bytes(format.format, k);
         for (index_t j = 0; j < n; ++j) {
@@ -169,7 +175,10 @@ TEST_CASE("matmul_int8 at the ends of the codes: nothing saturates") {
           encode_row(format.format, row.data(), w.stored.data() + static_cast<std::size_t>(j) * stride, k);
         }
         visit(format.format, [&]<Format F>() { pack_panel<F>(w.stored.data(), stride, 16, k, w.packed.data()); });
-        check_matmul(kernels.matmul_int8, reference::matmul_int8, w, a);
+        check_matmul(kernels.matmul_int8, reference::matmul_int8, w, a, kernels.int8_signed_rows);
+        Activations few = a;
+        few.m = 4;
+        check_matmul(kernels.matmul_int8, reference::matmul_int8, w, few, kernels.int8_signed_rows);
       }
     }
   });

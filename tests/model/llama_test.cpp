@@ -159,7 +159,7 @@ TEST_CASE("llama: observers see the residual stream and the attention") {
   CHECK(relative_error(l.span(), g.expected(0).first(10 * golden_gqa::vocab)) < f32_tolerance);
 }
 
-TEST_CASE("llama: 16-bit cache and bf16 products stay within their formats") {
+TEST_CASE("llama: caches of 16 and 8 bits and bf16 products stay within their formats") {
   const Golden<golden_tied> g;
   const auto error = [&](tl::LoadOptions o) {
     tl::Cpu dev;
@@ -171,4 +171,7 @@ TEST_CASE("llama: 16-bit cache and bf16 products stay within their formats") {
   CHECK(f16 > 1e-6);   // it is in use
   CHECK(bf16 < 4e-3);  // 2^-8
   CHECK(bf16 > f16);
+  const double q8_0 = error({.compute = tl::Compute::f32, .cache = tl::Format::q8_0});
+  CHECK(q8_0 < 1.0 / 127);  // half a step of the largest value, at most
+  CHECK(q8_0 > f16);
 }

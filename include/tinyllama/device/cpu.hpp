@@ -32,6 +32,8 @@ class Cpu {
     const Kernels* kernels = nullptr;  ///< null: the best for this machine (or, with static dispatch, for the unit's flags)
   };
 
+  static constexpr bool host_memory = true;  // what it computes on may be a mapped file
+
   Cpu() : Cpu(Options()) {}
   // The default argument is evaluated in the caller's unit, so that static dispatch means that unit's flags.
   explicit Cpu(Options options, const Kernels& unit = cpu_kernels())
@@ -162,7 +164,7 @@ class Cpu {
         const index_t seen = s.position + t + 1;
         for (index_t i = 0; i < seen; ++i) {
           const std::byte* k = s.pages[i / page_tokens] + shape.k_offset(layer, h * shape.kv_heads / heads);
-          for (index_t d = 0; d < hd; ++d) to[i] += at(q, s.first_row + t)[h * hd + d] * reference::load(shape.format, k, d * page_tokens + i % page_tokens);
+          for (index_t d = 0; d < hd; ++d) to[i] += at(q, s.first_row + t)[h * hd + d] * reference::load_k(shape.format, k, hd, i % page_tokens, d);
         }
         kernels_->softmax(to, to, seen, 1.0f / std::sqrt(static_cast<float>(hd)));
       }
@@ -263,8 +265,9 @@ inline void Cpu::matmul(View<float, dyn, dyn> y, View<const float, dyn, dyn> x, 
     auto* scale = reinterpret_cast<float*>(s + um * uk);
     float *sum32 = scale + um * uk / 32, *sum16 = sum32 + um * uk / 32;
     task.x_q8 = q, task.x_scale = scale, task.x_sum32 = sum32, task.x_sum16 = sum16;
+    const bool tiles = m > kernels_->int8_signed_rows;
     rows(m, k, [&](index_t i) {
-      kernels_->quantise_activations(q + i * k, scale + i * k / 32, sum32 + i * k / 32, sum16 + i * k / 16, at(x, i), k);
+      kernels_->quantise_activations(q + i * k, scale + i * k / 32, sum32 + i * k / 32, tiles ? nullptr : sum16 + i * k / 16, at(x, i), k, tiles);
     });
   }
   MatmulTask narrow = task;
@@ -349,8 +352,8 @@ inline void Cpu::attention(View<float, dyn, dyn> out, View<const float, dyn, dyn
     }
   };
   // Prefill: blocks of queries, each over all of its keys.
-  const index_t block = std::max<index_t>(1, 64 / group);
-  constexpr index_t most_rows = 64;
+  const bool narrow = shape.compute == Compute::bf16 && kernels_->bf16_dot;
+  const index_t most_rows = narrow ? prefill_rows(hd) : 64, block = std::max<index_t>(1, most_rows / group);
   index_t split_rows = 0, longest = 0;
   for (const Sequence& s : batch) {
     if (s.tokens < split_tokens || group > most_rows) {
@@ -361,10 +364,10 @@ inline void Cpu::attention(View<float, dyn, dyn> out, View<const float, dyn, dyn
     pool_->run(blocks * shape.kv_heads, [&](index_t unit) {
       // Long blocks first: they are what the others would wait for.
       const index_t h = unit % shape.kv_heads, token = (blocks - 1 - unit / shape.kv_heads) * block, tokens = std::min(block, s.tokens - token);
-      alignas(64) float o[most_rows * max_head_stride], max[most_rows], sum[most_rows];
+      alignas(64) float o[prefill_elements], max[prefill_rows(1)], sum[prefill_rows(1)];
       AttentionTask t = task_for(s, h, token, tokens);
       t.o = o, t.max = max, t.sum = sum;
-      kernels_->attention(t);
+      narrow ? kernels_->attention_bf16(t) : kernels_->attention(t);
       for (index_t r = 0; r < t.rows; ++r)
         finish(at(out, s.first_row + token + r / group) + (h * group + r % group) * hd, o + r * stride, max + r, sum + r, 1, 0, 0);
     });

@@ -45,6 +45,7 @@ struct Linear {
 struct CacheShape {
   Format format = Format::f16;
   index_t layers = 0, kv_heads = 0, head_dim = 0;
+  Compute compute = Compute::f32;  // of attention in prefill: f32, or bf16 where it is faster
 
   constexpr index_t head_bytes() const { return page_k_bytes(format, head_dim) + page_v_bytes(format, head_dim); }
   constexpr index_t page_bytes() const { return layers * kv_heads * head_bytes(); }

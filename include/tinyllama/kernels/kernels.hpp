@@ -16,18 +16,30 @@ struct MatmulTask {
   const float* x;            // matmul_f32: [m, k], rows ldx apart, 0 at column k where k is odd
   const bf16* x_bf16;        // matmul_bf16: the same in bf16
   index_t ldx;
-  const std::int8_t* x_q8;   // matmul_int8: [m, k] with a scale and a sum for each 32 columns and a sum for each 16
+  const std::int8_t* x_q8;   // matmul_int8: [m, k] with a scale and a sum for each 32 columns. Up to int8_signed_rows
+                             // rows: signed, and with a sum for each 16; more: unsigned, 128 added
   const float *x_scale, *x_sum32, *x_sum16;
 };
 
-/// Positions a page of the KV cache holds. K lies [head_dim][page_tokens] (lanes are positions), V [page_tokens][head_stride].
+/// Positions a page of the KV cache holds. K lies [head_dim][page_tokens] (lanes are positions), V [page_tokens][head_stride]; in q8_0 as codes
+/// of 8 bits, behind them an f32 scale for each position, the largest magnitude of its head_dim values over 127.
 inline constexpr index_t page_tokens = 64;
 /// Head dimension as stored in V and in attention's partial results: whole 16-lane vectors.
 constexpr index_t head_stride(index_t head_dim) { return (head_dim + 15) / 16 * 16; }
 inline constexpr index_t max_head_stride = 256;  // the largest head dimension that attention takes
+/// Formats that a KV cache may have.
+constexpr bool is_cache_format(Format f) { return f == Format::f32 || f == Format::f16 || f == Format::bf16 || f == Format::q8_0; }
+/// Bytes of `rows` values for each position of a page.
+constexpr index_t page_values_bytes(Format f, index_t rows) {
+  return f == Format::q8_0 ? (rows + static_cast<index_t>(sizeof(float))) * page_tokens : rows * page_tokens * info(f).bytes;
+}
 /// Bytes of K and of V for one page of one KV head.
-constexpr index_t page_k_bytes(Format f, index_t head_dim) { return head_dim * page_tokens * info(f).bytes; }
-constexpr index_t page_v_bytes(Format f, index_t head_dim) { return head_stride(head_dim) * page_tokens * info(f).bytes; }
+constexpr index_t page_k_bytes(Format f, index_t head_dim) { return page_values_bytes(f, head_dim); }
+constexpr index_t page_v_bytes(Format f, index_t head_dim) { return page_values_bytes(f, head_stride(head_dim)); }
+
+/// Query rows of an attention task of prefill, at most: with their results they stay in L1 and L2.
+inline constexpr index_t prefill_elements = 128 * 128;
+constexpr index_t prefill_rows(index_t head_dim) { return head_dim <= 128 ? 128 : prefill_elements / max_head_stride; }
 
 /// Query rows that share one KV head, against a range of positions: row r is head r % group of token r / group.
 struct AttentionTask {
@@ -36,7 +48,7 @@ struct AttentionTask {
   index_t position;                 // of token 0; a row sees positions up to its own
   const std::byte* const* pages;    // base of each page
   index_t k_offset, v_offset;       // of this layer and KV head in a page, in bytes
-  Format format;                    // f32, f16 or bf16
+  Format format;                    // one for which is_cache_format() holds
   index_t begin, end;               // positions to attend to; begin is a multiple of page_tokens
   float scale;                      // 1 / sqrt(head_dim)
   float* o;                         // [rows, head_stride]: sum of exp(s - max) v, not yet divided by the sum
@@ -61,8 +73,9 @@ struct StoreTask {
   K(softmax, float* out, const float* x, index_t n, float scale)                                         /* of scale x; in place allowed */     \
   K(store_kv, const StoreTask& task)                                                                                                           \
   K(attention, const AttentionTask& task)                                                                                                      \
+  K(attention_bf16, const AttentionTask& task)      /* the same with products of bf16, for at most prefill_rows(head_dim) rows */               \
   K(round_bf16, bf16* out, const float* x, index_t n)                                                    /* to nearest even */                  \
-  K(quantise_activations, std::int8_t* q, float* scale, float* sum32, float* sum16, const float* x, index_t n)                                 \
+  K(quantise_activations, std::int8_t* q, float* scale, float* sum32, float* sum16, const float* x, index_t n, bool as_unsigned)               \
   K(matmul_f32, const MatmulTask& task, index_t first_panel, index_t last_panel)                                                               \
   K(matmul_bf16, const MatmulTask& task, index_t first_panel, index_t last_panel)                                                              \
   K(matmul_int8, const MatmulTask& task, index_t first_panel, index_t last_panel)
@@ -70,7 +83,8 @@ struct StoreTask {
 /// One instruction set's kernels.
 struct Kernels {
   const char* instruction_set;
-  bool bf16_dot;  // matmul_bf16 is faster than matmul_f32 here
+  bool bf16_dot;             // matmul_bf16 is faster than matmul_f32 here
+  index_t int8_signed_rows;  // matmul_int8 takes so many rows of X with signed codes, and more with unsigned ones
 #define TINYLLAMA_KERNEL_MEMBER(name, ...) void (*name)(__VA_ARGS__);
   TINYLLAMA_KERNELS(TINYLLAMA_KERNEL_MEMBER)
 #undef TINYLLAMA_KERNEL_MEMBER

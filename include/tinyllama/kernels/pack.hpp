@@ -59,41 +59,64 @@ constexpr std::size_t packed_bytes(Format f, index_t rows, index_t columns) {
 
 namespace detail {
 
-/// The integer code of weight k of a block, unsigned.
+template <class T>
+inline void put(std::byte* at, index_t i, T v) { std::memcpy(at + i * static_cast<index_t>(sizeof(T)), &v, sizeof(T)); }
+template <class T>
+inline T get(const std::byte* at, index_t i) {
+  T v;
+  std::memcpy(&v, at + i * static_cast<index_t>(sizeof(T)), sizeof(T));
+  return v;
+}
+inline std::uint32_t four(const void* bytes, int i) {
+  std::uint32_t u;
+  std::memcpy(&u, static_cast<const std::byte*>(bytes) + 4 * i, 4);
+  return u;
+}
+
+/// The unsigned codes of group g (32 weights) of a block, four in a word.
 template <Format F>
-constexpr unsigned block_code(const Block<F>& b, int k) {
-  if constexpr (F == Format::q8_0) return static_cast<unsigned>(b.qs[k] + 128);
-  else if constexpr (F == Format::q4_0 || F == Format::q4_1 || F == Format::q5_0 || F == Format::q5_1) {
-    unsigned q = (b.qs[k % 16] >> (k / 16 * 4)) & 15u;
-    if constexpr (F == Format::q5_0 || F == Format::q5_1) q |= static_cast<unsigned>((b.qh[k / 8] >> (k % 8)) & 1) << 4;
-    return q;
-  } else if constexpr (F == Format::q4_K || F == Format::q5_K) {
-    const int g = k / 32, i = k % 32;
-    unsigned q = (b.qs[g / 2 * 32 + i] >> (g % 2 * 4)) & 15u;
-    if constexpr (F == Format::q5_K) q |= static_cast<unsigned>((b.qh[i] >> g) & 1) << 4;
-    return q;
-  } else {
-    static_assert(F == Format::q6_K);
-    const int half = k / 128, i = k % 128, quarter = i / 32, l = i % 32;
-    const unsigned low = (b.ql[half * 64 + quarter % 2 * 32 + l] >> (quarter / 2 * 4)) & 15u;
-    return low | ((b.qh[half * 32 + l] >> (quarter * 2)) & 3u) << 4;
+inline void group_codes(const Block<F>& b, int g, std::uint32_t (&w)[8]) {
+  constexpr std::uint32_t nibble = 0x0f0f0f0f, bit = 0x01010101, two = 0x03030303;
+  for (int j = 0; j < 8; ++j) {
+    if constexpr (F == Format::q8_0) {
+      w[j] = four(b.qs, j) ^ 0x80808080u;
+    } else if constexpr (F == Format::q4_K || F == Format::q5_K) {
+      w[j] = (four(b.qs, g / 2 * 8 + j) >> (g % 2 * 4)) & nibble;
+      if constexpr (F == Format::q5_K) w[j] |= ((four(b.qh, j) >> g) & bit) << 4;
+    } else if constexpr (F == Format::q6_K) {
+      const int half = g / 4, quarter = g % 4;
+      w[j] = (four(b.ql, half * 16 + quarter % 2 * 8 + j) >> (quarter / 2 * 4)) & nibble;
+      w[j] |= ((four(b.qh, half * 8 + j) >> (quarter * 2)) & two) << 4;
+    } else {
+      w[j] = (four(b.qs, j % 4) >> (j / 4 * 4)) & nibble;
+      // The factor moves bit i of four to bit 8 i.
+      if constexpr (F == Format::q5_0 || F == Format::q5_1) w[j] |= ((((four(b.qh, 0) >> (4 * j)) & 15u) * 0x00204081u) & bit) << 4;
+    }
   }
 }
 
-/// Where the pieces of column c (of 32) of row r lie in the codes of a panel.
+/// Puts the codes of 32 columns of row r to their places in a panel.
 template <int Bits>
-inline void put_code(std::byte* codes, int r, int c, unsigned q) {
-  auto* u = reinterpret_cast<std::uint8_t*>(codes);
-  const int i = c % 4, j = c / 4;
-  const auto or_in = [](std::uint8_t& byte, unsigned v) { byte = static_cast<std::uint8_t>(byte | v); };
+inline void put_codes(std::byte* codes, int r, const std::uint32_t (&w)[8]) {
+  const auto to = [&](int word, std::uint32_t v) { put(codes, word * 16 + r, v); };
   if constexpr (Bits == 8) {
-    u[j * 64 + r * 4 + i] = static_cast<std::uint8_t>(q);
-  } else {
-    or_in(u[j % 4 * 64 + r * 4 + i], (q & 15u) << (j / 4 * 4));
-    if constexpr (Bits == 5) or_in(u[256 + r * 4 + i], (q >> 4) << j);
-    if constexpr (Bits == 6) or_in(u[256 + j / 4 * 64 + r * 4 + i], (q >> 4) << (j % 4 * 2));
+    for (int j = 0; j < 8; ++j) to(j, w[j]);
+    return;
   }
+  for (int j = 0; j < 4; ++j) to(j, (w[j] & 0x0f0f0f0fu) | (w[j + 4] & 0x0f0f0f0fu) << 4);
+  if constexpr (Bits == 5) {
+    std::uint32_t high = 0;
+    for (int j = 0; j < 8; ++j) high |= ((w[j] >> 4) & 0x01010101u) << j;
+    to(4, high);
+  }
+  if constexpr (Bits == 6)
+    for (int h = 0; h < 2; ++h) {
+      std::uint32_t high = 0;
+      for (int j = 0; j < 4; ++j) high |= ((w[4 * h + j] >> 4) & 0x03030303u) << (2 * j);
+      to(4 + h, high);
+    }
 }
+
 template <int Bits>
 inline unsigned get_code(const std::byte* codes, int r, int c) {
   const auto* u = reinterpret_cast<const std::uint8_t*>(codes);
@@ -105,27 +128,23 @@ inline unsigned get_code(const std::byte* codes, int r, int c) {
   return q;
 }
 
-template <class T>
-inline void put(std::byte* at, index_t i, T v) { std::memcpy(at + i * static_cast<index_t>(sizeof(T)), &v, sizeof(T)); }
-template <class T>
-inline T get(const std::byte* at, index_t i) {
-  T v;
-  std::memcpy(&v, at + i * static_cast<index_t>(sizeof(T)), sizeof(T));
-  return v;
-}
-
 }  // namespace detail
 
 /// Packs `count` (1..16) rows of `columns` weights, `stride` bytes apart, into one panel.
 template <Format F>
 void pack_panel(const std::byte* rows, std::size_t stride, int count, index_t columns, std::byte* panel) {
-  std::memset(panel, 0, panel_bytes<F>(columns));
-  for (int r = 0; r < count; ++r) {
-    const std::byte* row = rows + static_cast<std::size_t>(r) * stride;
-    if constexpr (!is_quantised(F)) {
-      for (index_t k = 0; k < columns; ++k)
-        detail::put(panel, F == Format::bf16 ? k / 2 * 32 + r * 2 + k % 2 : k * 16 + r, detail::get<Block<F>>(row, k));
-    } else {
+  if (count < panel_rows || columns % 2) std::memset(panel, 0, panel_bytes<F>(columns));
+  if constexpr (F == Format::bf16) {
+    for (index_t pair = 0; pair < columns / 2; ++pair)
+      for (int r = 0; r < count; ++r) detail::put(panel, pair * 16 + r, detail::get<std::uint32_t>(rows + static_cast<std::size_t>(r) * stride, pair));
+    if (columns % 2)
+      for (int r = 0; r < count; ++r) detail::put(panel, columns / 2 * 32 + r * 2, detail::get<bf16>(rows + static_cast<std::size_t>(r) * stride, columns - 1));
+  } else if constexpr (!is_quantised(F)) {
+    for (index_t k = 0; k < columns; ++k)
+      for (int r = 0; r < count; ++r) detail::put(panel, k * 16 + r, detail::get<Block<F>>(rows + static_cast<std::size_t>(r) * stride, k));
+  } else {
+    for (int r = 0; r < count; ++r) {
+      const std::byte* row = rows + static_cast<std::size_t>(r) * stride;
       constexpr PanelBlock P = panel_block<F>;
       for (index_t n = 0; n < columns / P.columns; ++n) {
         const auto b = detail::get<Block<F>>(row, n);
@@ -142,8 +161,11 @@ void pack_panel(const std::byte* rows, std::size_t stride, int count, index_t co
         }
         if constexpr (F == Format::q6_K)
           for (int g = 0; g < 16; ++g) at[32 + g * 16 + r] = static_cast<std::byte>(b.scales[g]);
-        for (int k = 0; k < P.columns; ++k)
-          detail::put_code<P.bits>(at + P.header_bytes() + k / 32 * P.code_bytes(), r, k % 32, detail::block_code<F>(b, k));
+        for (int g = 0; g < P.columns / 32; ++g) {
+          std::uint32_t codes[8];
+          detail::group_codes<F>(b, g, codes);
+          detail::put_codes<P.bits>(at + P.header_bytes() + g * P.code_bytes(), r, codes);
+        }
       }
     }
   }

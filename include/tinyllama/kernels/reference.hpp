@@ -52,20 +52,48 @@ inline void softmax(float* out, const float* x, index_t n, float scale) {
   for (index_t i = 0; i < n; ++i) out[i] = static_cast<float>(e[static_cast<std::size_t>(i)] / sum);
 }
 
-inline float load(Format f, const std::byte* at, index_t i) {
-  if (f == Format::f32) return detail::get<float>(at, i);
-  if (f == Format::f16) return detail::get<f16>(at, i);
-  return detail::get<bf16>(at, i);
+namespace detail {
+// Element i of a page's K or V, which belongs to the position in `slot`; the page has `rows` values for each position.
+inline float load(Format f, const std::byte* page, index_t i, index_t slot, index_t rows) {
+  using tinyllama::detail::get;
+  if (f == Format::f32) return get<float>(page, i);
+  if (f == Format::f16) return get<f16>(page, i);
+  if (f == Format::bf16) return get<bf16>(page, i);
+  return get<float>(page + rows * page_tokens, slot) * static_cast<float>(get<std::int8_t>(page, i));
 }
-inline void store(Format f, std::byte* at, index_t i, float v) {
-  if (f == Format::f32) return detail::put(at, i, v);
-  if (f == Format::f16) return detail::put(at, i, f16(v));
-  detail::put(at, i, bf16(v));
+inline void store(Format f, std::byte* page, index_t i, float v, float inverse) {
+  using tinyllama::detail::put;
+  if (f == Format::f32) return put(page, i, v);
+  if (f == Format::f16) return put(page, i, f16(v));
+  if (f == Format::bf16) return put(page, i, bf16(v));
+  const float code = v * inverse;
+  put(page, i, code == code ? static_cast<std::int8_t>(std::nearbyint(code)) : std::int8_t{0});
+}
+// Where the format has scales, the position's goes to its place; returns what values are multiplied with to become codes.
+inline float store_scale(Format f, std::byte* page, const float* x, index_t n, index_t slot, index_t rows) {
+  if (f != Format::q8_0) return 1;
+  float max = 0;
+  for (index_t d = 0; d < n; ++d)
+    if (const float a = std::fabs(x[d]); !(a <= max) && max == max) max = a;  // a NaN stays
+  tinyllama::detail::put(page + rows * page_tokens, slot, max / 127.0f);
+  return quantise_inverse(max);
+}
+}  // namespace detail
+
+/// Value d of K, and of V, of the position in `slot` of a page.
+inline float load_k(Format f, const std::byte* page, index_t head_dim, index_t slot, index_t d) {
+  return detail::load(f, page, d * page_tokens + slot, slot, head_dim);
+}
+inline float load_v(Format f, const std::byte* page, index_t head_dim, index_t slot, index_t d) {
+  return detail::load(f, page, slot * head_stride(head_dim) + d, slot, head_stride(head_dim));
 }
 
 inline void store_kv(const StoreTask& t) {
-  for (index_t d = 0; d < t.head_dim; ++d) store(t.format, t.k_page, d * page_tokens + t.slot, t.k[d]);
-  for (index_t d = 0; d < head_stride(t.head_dim); ++d) store(t.format, t.v_page, t.slot * head_stride(t.head_dim) + d, d < t.head_dim ? t.v[d] : 0.0f);
+  const index_t stride = head_stride(t.head_dim);
+  const float k = detail::store_scale(t.format, t.k_page, t.k, t.head_dim, t.slot, t.head_dim);
+  for (index_t d = 0; d < t.head_dim; ++d) detail::store(t.format, t.k_page, d * page_tokens + t.slot, t.k[d], k);
+  const float v = detail::store_scale(t.format, t.v_page, t.v, t.head_dim, t.slot, stride);
+  for (index_t d = 0; d < stride; ++d) detail::store(t.format, t.v_page, t.slot * stride + d, d < t.head_dim ? t.v[d] : 0.0f, v);
 }
 
 // s_p = scale q . k_p;  max = max_p s_p;  sum = sum_p exp(s_p - max);  o = sum_p exp(s_p - max) v_p
@@ -79,7 +107,7 @@ inline void attention(const AttentionTask& t) {
     for (index_t p = t.begin; p < last; ++p) {
       const std::byte* k = t.pages[p / page_tokens] + t.k_offset;
       double dot = 0;
-      for (index_t d = 0; d < t.head_dim; ++d) dot += static_cast<double>(q[d]) * load(t.format, k, d * page_tokens + p % page_tokens);
+      for (index_t d = 0; d < t.head_dim; ++d) dot += static_cast<double>(q[d]) * load_k(t.format, k, t.head_dim, p % page_tokens, d);
       max = std::max(max, s[static_cast<std::size_t>(p - t.begin)] = dot * t.scale);
     }
     std::fill(o.begin(), o.end(), 0.0);
@@ -87,7 +115,7 @@ inline void attention(const AttentionTask& t) {
       const std::byte* v = t.pages[p / page_tokens] + t.v_offset;
       const double e = std::exp(s[static_cast<std::size_t>(p - t.begin)] - max);
       sum += e;
-      for (index_t d = 0; d < stride; ++d) o[static_cast<std::size_t>(d)] += e * load(t.format, v, p % page_tokens * stride + d);
+      for (index_t d = 0; d < stride; ++d) o[static_cast<std::size_t>(d)] += e * load_v(t.format, v, t.head_dim, p % page_tokens, d);
     }
     for (index_t d = 0; d < stride; ++d) t.o[r * stride + d] = static_cast<float>(o[static_cast<std::size_t>(d)]);
     t.max[r] = static_cast<float>(max);
@@ -95,27 +123,31 @@ inline void attention(const AttentionTask& t) {
   }
 }
 
+inline void attention_bf16(const AttentionTask& t) { attention(t); }
+
 inline void round_bf16(bf16* out, const float* x, index_t n) {
   for (index_t i = 0; i < n; ++i) out[i] = bf16(x[i]);
 }
 
-// groups of 32: q = round(x / scale), scale = max|x| / 127; the sums are of scale q. A NaN or an infinity makes its group NaN or infinite.
-inline void quantise_activations(std::int8_t* q, float* scale, float* sum32, float* sum16, const float* x, index_t n) {
+// groups of 32: q = round(x / scale), or that + 128, scale = max|x| / 127; the sums are of scale round(x / scale);
+// sum16 may be null. A NaN or an infinity makes its group NaN or infinite.
+inline void quantise_activations(std::int8_t* q, float* scale, float* sum32, float* sum16, const float* x, index_t n, bool as_unsigned) {
   for (index_t g = 0; g < n / 32; ++g) {
     float max = 0;
     for (index_t i = 0; i < 32; ++i)
       if (const float a = std::fabs(x[g * 32 + i]); !(a <= max) && max == max) max = a;  // a NaN stays
     const float d = max / 127.0f, inverse = quantise_inverse(max);
     scale[g] = d;
-    for (index_t h = 0; h < 2; ++h) {
-      int sum = 0;
-      for (index_t i = h * 16; i < h * 16 + 16; ++i) {
-        const float code = x[g * 32 + i] * inverse;
-        sum += q[g * 32 + i] = code == code ? static_cast<std::int8_t>(std::nearbyint(code)) : std::int8_t{0};
-      }
-      sum16[2 * g + h] = d * static_cast<float>(sum);
+    int sum[2] = {};
+    for (index_t i = 0; i < 32; ++i) {
+      const float code = x[g * 32 + i] * inverse;
+      const int nearest = code == code ? static_cast<int>(std::nearbyint(code)) : 0;
+      q[g * 32 + i] = static_cast<std::int8_t>(as_unsigned ? nearest + 128 : nearest);
+      sum[i / 16] += nearest;
     }
-    sum32[g] = sum16[2 * g] + sum16[2 * g + 1];
+    sum32[g] = d * static_cast<float>(sum[0] + sum[1]);
+    if (sum16)
+      for (index_t h = 0; h < 2; ++h) sum16[2 * g + h] = d * static_cast<float>(sum[h]);
   }
 }
 
@@ -148,7 +180,7 @@ inline void matmul_int8(const MatmulTask& t, index_t first, index_t last) {
 
 /// The reference as a table: `Cpu dev({.kernels = &reference::kernels})` runs a whole model on it.
 inline constexpr Kernels kernels = {
-    "reference", true,
+    "reference", true, std::numeric_limits<index_t>::max(),
 #define TINYLLAMA_KERNEL_ENTRY(name, ...) &reference::name,
     TINYLLAMA_KERNELS(TINYLLAMA_KERNEL_ENTRY)
 #undef TINYLLAMA_KERNEL_ENTRY

@@ -4,14 +4,17 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "tinyllama/device/memory.hpp"
 #include "tinyllama/io/checkpoint.hpp"
 #include "tinyllama/model/block.hpp"
 #include "tinyllama/model/memory_plan.hpp"
+#include "tinyllama/model/packed_file.hpp"
 
 namespace tinyllama {
 
@@ -20,8 +23,11 @@ struct LoadOptions {
   /// Arithmetic of the matrix products. `automatic` multiplies models narrower than 1024 in f32: they are small enough, and rounding their
   /// activations to 8 bits shows (SmolLM2-135M in Q4_1 then loses its answers, under llama.cpp too).
   Compute compute = Compute::automatic;
-  Format cache = Format::f16;            ///< of keys and values: f32, f16 or bf16
+  Format cache = Format::f16;            ///< of keys and values: f32, f16, bf16 or q8_0
   bool tokenizer = true;                 ///< load the checkpoint's tokenizer too
+  /// A file that keeps the packed weights (CPU only): mapped where it is this checkpoint's, so that nothing is read or packed before it is
+  /// used; written, or written anew, where not. Mapped pages are 4 KB, not huge ones: decoding is some 15% slower than from packed memory.
+  std::filesystem::path packed = {};
   std::function<void(std::size_t done, std::size_t total)> progress = {};  ///< bytes read
 };
 
@@ -48,7 +54,9 @@ struct Weights {
   const float* final_norm = nullptr; // [hidden]
   Linear head;                       // [vocab, hidden]; the embedding where tied
   std::vector<double> frequencies;   // [head_dim / 2]
-  Memory<D> memory;
+  Memory<D> memory;                  // empty where the weights are mapped
+  std::optional<MappedFile> mapped;
+  std::span<const std::byte> bytes;  // all weights, in memory or mapped
 
   /// Reads every tensor of `file`, a Checkpoint or what looks like one (path, rope, tensor(), release()), in slices, packs each and gives its
   /// pages back, so that the peak is this model and one slice.
@@ -56,28 +64,33 @@ struct Weights {
   static std::shared_ptr<const Weights> from(D& dev, const C& config, const Source& file, const LoadOptions& options) {
     auto w = std::make_shared<Weights>();
     w->config = config, w->device = &dev, w->rope = file.rope;
-    if (options.cache != Format::f32 && options.cache != Format::f16 && options.cache != Format::bf16)
-      throw Error("load", "cache format", "f32, f16 or bf16", name(options.cache));
+    if (!is_cache_format(options.cache)) throw Error("load", "cache format", "f32, f16, bf16 or q8_0", name(options.cache));
     w->cache = cache_shape(config, options.cache);
     if (head_stride(head_dim(config)) > max_head_stride)
       throw Error(file.path, "head dimension", "at most " + std::to_string(max_head_stride), std::to_string(head_dim(config)));
-    std::size_t total = 0, bytes = 0;
-    for_each_parameter(config, [&](const Parameter& p) {
-      const StoredTensor t = file.tensor(p);
-      total += stored_bytes(p, t.format, config.tied), bytes += t.bytes.size();
-    });
-    w->memory = Memory<D>(dev, total);
-    w->layers.resize(static_cast<std::size_t>(config.layers));
     const Compute compute = options.compute == Compute::automatic && config.hidden < 1024 ? Compute::f32 : options.compute;
-    std::byte* at = w->memory.data();
-    std::size_t done = 0;
+    w->layers.resize(static_cast<std::size_t>(config.layers));
+    if (options.packed.empty()) {
+      w->read(file, options);
+    } else if constexpr (requires { requires D::host_memory; }) {
+      const PackedHeader header = packed_header(config, file);
+      if (!w->map(file, options.packed, header)) {
+        w->read(file, options);
+        write_packed(options.packed, header, w->bytes);
+      }
+    } else {
+      throw Error("load", "packed", "no path: only the CPU computes on mapped weights", options.packed.string());
+    }
+    const std::byte* at = w->bytes.data();
     for_each_parameter(config, [&](const Parameter& p) {
       const StoredTensor t = file.tensor(p);
-      w->place(p, t, at, compute, file);
+      w->place(p, t, at, compute);
       at += stored_bytes(p, t.format, config.tied);
-      if (options.progress) options.progress(done += t.bytes.size(), bytes);
     });
     if (config.tied) w->head = Linear(w->embedding, compute);
+    // Who multiplies by rounded weights or activations loses nothing more by keys and values of bf16.
+    const Format weights = w->layers.front().qkv.part[0].format;
+    if (compute != Compute::f32 && options.cache != Format::f32 && weights != Format::f32 && weights != Format::f16) w->cache.compute = Compute::bf16;
     w->frequencies = rope_frequencies(config);
     return w;
   }
@@ -85,24 +98,86 @@ struct Weights {
  private:
   static constexpr std::size_t slice_bytes = std::size_t{8} << 20;
 
+  // An untied embedding is looked up and never multiplied with: rows, as in the file.
+  bool packs(const Parameter& p) const { return p.role != Role::gain && (p.role != Role::embedding || config.tied); }
+
+  /// Every tensor to its place in memory of its own, in slices, giving the file's pages back.
   template <class Source>
-  void place(const Parameter& p, const StoredTensor& t, std::byte* at, Compute compute, const Source& file) {
+  void read(const Source& file, const LoadOptions& options) {
+    std::size_t total = 0, stored = 0, done = 0;
+    for_each_parameter(config, [&](const Parameter& p) {
+      const StoredTensor t = file.tensor(p);
+      stored += stored_bytes(p, t.format, config.tied), total += t.bytes.size();
+    });
+    memory = Memory<D>(*device, stored);
+    bytes = {memory.data(), stored};
+    std::byte* at = memory.data();
+    for_each_parameter(config, [&](const Parameter& p) {
+      const StoredTensor t = file.tensor(p);
+      const std::size_t row = row_bytes(t.format, t.columns), size = stored_bytes(p, t.format, config.tied);
+      std::byte* end = at;
+      if (p.role == Role::gain) {
+        decode_row(t.format, t.bytes.data(), reinterpret_cast<float*>(at), t.columns);
+        end += static_cast<std::size_t>(t.columns) * sizeof(float);
+      } else {
+        const index_t step = std::max<index_t>(1, static_cast<index_t>(slice_bytes / row) / panel_rows) * panel_rows;  // whole panels
+        for (index_t r = 0; r < t.rows; r += step) {
+          const index_t n = std::min(step, t.rows - r);
+          const auto part = t.bytes.subspan(static_cast<std::size_t>(r) * row, static_cast<std::size_t>(n) * row);
+          if (packs(p)) device->pack(at + packed_bytes(t.format, r, t.columns), {t.format, false, n, t.columns, part.data()});
+          else std::memcpy(at + static_cast<std::size_t>(r) * row, part.data(), part.size());
+          file.release(part);
+        }
+        end += packs(p) ? packed_bytes(t.format, t.rows, t.columns) : t.bytes.size();
+      }
+      std::memset(end, 0, static_cast<std::size_t>(at + size - end));
+      at += size;
+      if (options.progress) options.progress(done += t.bytes.size(), total);
+    });
+  }
+
+  /// Takes the weights from the packed file where it is `file`'s: false where not.
+  template <class Source>
+  bool map(const Source& file, const std::filesystem::path& path, const PackedHeader& header) {
+    mapped = open_packed(path, header);
+    if (!mapped) return false;
+    bytes = mapped->bytes().subspan(packed_file_offset);
+    const std::byte* at = bytes.data();
+    bool same = true;
+    std::vector<std::byte> fresh;
+    for_each_parameter(config, [&](const Parameter& p) {
+      const StoredTensor t = file.tensor(p);
+      const std::size_t row = row_bytes(t.format, t.columns), size = stored_bytes(p, t.format, config.tied);
+      std::size_t offset = 0;
+      if (p.role == Role::gain) {
+        fresh.resize(static_cast<std::size_t>(t.columns) * sizeof(float));
+        decode_row(t.format, t.bytes.data(), reinterpret_cast<float*>(fresh.data()), t.columns);
+      } else {
+        // One panel, or as many rows: another in each matrix.
+        const index_t panel = ((p.layer + 1) * 7919 + static_cast<index_t>(p.slot) * 31) % ((t.rows + panel_rows - 1) / panel_rows), n = std::min(panel_rows, t.rows - panel * panel_rows);
+        const auto rows = t.bytes.subspan(static_cast<std::size_t>(panel * panel_rows) * row, static_cast<std::size_t>(n) * row);
+        offset = static_cast<std::size_t>(panel) * (packs(p) ? panel_bytes(t.format, t.columns) : row * static_cast<std::size_t>(panel_rows));
+        fresh.assign(rows.begin(), rows.end());
+        if (packs(p)) {
+          fresh.resize(panel_bytes(t.format, t.columns));
+          device->pack(fresh.data(), {t.format, false, n, t.columns, rows.data()});
+        }
+      }
+      file.release(t.bytes);
+      same = same && std::memcmp(at + offset, fresh.data(), fresh.size()) == 0;
+      at += size;
+    });
+    if (!same) mapped.reset(), bytes = {};
+    return same;
+  }
+
+  void place(const Parameter& p, const StoredTensor& t, const std::byte* at, Compute compute) {
     if (p.role == Role::gain) {
-      auto* gain = reinterpret_cast<float*>(at);
-      decode_row(t.format, t.bytes.data(), gain, t.columns);
+      const auto* gain = reinterpret_cast<const float*>(at);
       (p.slot == Slot::final_norm ? final_norm : p.slot == Slot::attn_norm ? layer(p).attn_norm : layer(p).ffn_norm) = gain;
       return;
     }
-    // An untied embedding is looked up and never multiplied with: rows, as in the file.
-    Matrix m{t.format, p.role != Role::embedding || config.tied, t.rows, t.columns, at};
-    const std::size_t row = row_bytes(t.format, t.columns);
-    const index_t rows = std::max<index_t>(1, static_cast<index_t>(slice_bytes / row) / panel_rows) * panel_rows;  // whole panels
-    for (index_t r = 0; r < t.rows; r += rows) {
-      const auto part = t.bytes.subspan(static_cast<std::size_t>(r) * row, static_cast<std::size_t>(std::min(rows, t.rows - r)) * row);
-      if (m.packed) device->pack(at + packed_bytes(t.format, r, t.columns), {t.format, false, std::min(rows, t.rows - r), t.columns, part.data()});
-      else std::memcpy(at + static_cast<std::size_t>(r) * row, part.data(), part.size());
-      file.release(part);
-    }
+    const Matrix m{t.format, packs(p), t.rows, t.columns, at};
     if (p.role == Role::embedding) {
       embedding = m;
       return;

@@ -3,6 +3,7 @@
 #include "tinyllama/kernels/cpu/isa-inl.h"
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include <hwy/cache_control.h>
@@ -88,8 +89,12 @@ void AttendPage(const AttentionTask& t, index_t row, index_t count, index_t page
   if (most == 0) return;
   alignas(64) float s[R][page_tokens];
   const std::byte* next = t.pages[row == 0 && (page + 1) * page_tokens < t.end ? page + 1 : page];
-  Scores<E, R>(q, reinterpret_cast<const E*>(t.pages[page] + t.k_offset), reinterpret_cast<const E*>(next + t.k_offset), t.head_dim,
-               hn::Set(d, t.scale), s);
+  const E* k = reinterpret_cast<const E*>(t.pages[page] + t.k_offset);
+  const E *v = reinterpret_cast<const E*>(t.pages[page] + t.v_offset), *next_v = reinterpret_cast<const E*>(next + t.v_offset);
+  Scores<E, R>(q, k, reinterpret_cast<const E*>(next + t.k_offset), t.head_dim, hn::Set(d, t.scale), s);
+  if constexpr (sizeof(E) == 1)
+    for (int r = 0; r < count; ++r)
+      for (index_t p = 0; p < page_tokens; p += lanes) hn::Store(hn::Mul(hn::Load(d, s[r] + p), hn::LoadU(d, PageScales(k, t.head_dim) + p)), d, s[r] + p);
   float factor[R];
   const V lowest = hn::Set(d, -std::numeric_limits<float>::infinity());
   for (int r = 0; r < R; ++r) {
@@ -117,13 +122,12 @@ void AttendPage(const AttentionTask& t, index_t row, index_t count, index_t page
     const V vmax = hn::Set(d, max);
     for (index_t p = 0; p < page_tokens; p += lanes) {
       const V e = math::ExpNonPositive(d, hn::Sub(hn::Load(d, s[r] + p), vmax));
-      hn::Store(e, d, s[r] + p);
+      hn::Store(sizeof(E) == 1 ? hn::Mul(e, hn::LoadU(d, PageScales(v, stride) + p)) : e, d, s[r] + p);
       sum = hn::Add(sum, e);
     }
     t.sum[row + r] = t.sum[row + r] * factor[r] + hn::GetLane(hn::SumOfLanes(d, sum));
     t.max[row + r] = max;
   }
-  const E *v = reinterpret_cast<const E*>(t.pages[page] + t.v_offset), *next_v = reinterpret_cast<const E*>(next + t.v_offset);
   index_t column = 0;
   for (; column + attention_vectors * lanes <= stride; column += attention_vectors * lanes)
     Weighted<E, R, attention_vectors>(s, v, next_v, stride, column, most, factor, o);
@@ -151,7 +155,8 @@ void Attend(const AttentionTask& t) {
 void attention(const AttentionTask& t) {
   if (t.format == Format::f32) Attend<float>(t);
   else if (t.format == Format::f16) Attend<f16>(t);
-  else Attend<bf16>(t);
+  else if (t.format == Format::bf16) Attend<bf16>(t);
+  else Attend<std::int8_t>(t);
 }
 
 template <class E>
@@ -163,7 +168,29 @@ void StoreKv(const StoreTask& t) {
   for (index_t i = t.head_dim; i < head_stride(t.head_dim); ++i) v[i] = E();
 }
 
+/// Codes of 8 bits, `step` apart, and their scale.
+void StoreCodes(const float* x, index_t n, std::byte* page, index_t at, index_t step, index_t slot, index_t rows) {
+  float max = 0;
+  for (index_t i = 0; i < n; ++i) {
+    const float a = std::fabs(x[i]);
+    if (!(a <= max) && max == max) max = a;  // a NaN stays, and makes the scale one
+  }
+  const float inverse = quantise_inverse(max), scale = max / 127.0f;
+  for (index_t i = 0; i < n; ++i) {
+    const float code = x[i] * inverse;
+    reinterpret_cast<std::int8_t*>(page)[at + i * step] = code == code ? static_cast<std::int8_t>(std::nearbyint(code)) : std::int8_t{0};
+  }
+  std::memcpy(page + rows * page_tokens + slot * static_cast<index_t>(sizeof scale), &scale, sizeof scale);
+}
+
 void store_kv(const StoreTask& t) {
+  const index_t stride = head_stride(t.head_dim);
+  if (t.format == Format::q8_0) {
+    StoreCodes(t.k, t.head_dim, t.k_page, t.slot, page_tokens, t.slot, t.head_dim);
+    StoreCodes(t.v, t.head_dim, t.v_page, t.slot * stride, 1, t.slot, stride);
+    std::memset(t.v_page + t.slot * stride + t.head_dim, 0, static_cast<std::size_t>(stride - t.head_dim));
+    return;
+  }
   if (t.format == Format::f32) StoreKv<float>(t);
   else if (t.format == Format::f16) StoreKv<f16>(t);
   else StoreKv<bf16>(t);

@@ -5,6 +5,8 @@
 
 #include <cstring>
 
+#include <hwy/cache_control.h>
+
 TINYLLAMA_BEFORE_NAMESPACE();
 namespace tinyllama {
 namespace TINYLLAMA_ISA {
@@ -74,19 +76,24 @@ HWY_INLINE void Scales(const std::byte* block, int b, int h, index_t s, V& scale
   else min = F16Row(block + 32, s);
 }
 
-HWY_INLINE std::uint32_t Four(const std::int8_t* q) {
+/// Four activations, in each lane.
+HWY_INLINE VU Four(const std::int8_t* q) {
   std::uint32_t u;
   std::memcpy(&u, q, 4);
-  return u;
+  return hn::Set(DU(), u);
 }
 
 // ---- few rows: straight from the stream --------------------------------------------------------------------------------------------
+
+// Weights are asked for so many bytes ahead: beside this much arithmetic the hardware alone keeps too little of the stream on its way (Zen 4, q4_K
+// in batches of 4: 1.4 times as fast; 1 KB and 12 KB ahead are a little slower).
+inline constexpr index_t ahead = 4096;
 
 // y [MR, 16] = x [MR, k] w^T = sum over blocks of scale x_scale (codes . q) + min x_sum
 template <Format F, int MR>
 void Int8Stream(const MatmulTask& t, const std::byte* panel, index_t row, index_t column) {
   constexpr PanelBlock P = panel_block<F>;
-  constexpr int halves = P.groups == 16 ? 2 : 1;
+  constexpr int halves = P.groups == 16 ? 2 : 1, share = P.bytes() / (P.columns / 32);
   const D d;
   const DI di;
   const index_t groups = t.k / 32;
@@ -99,14 +106,16 @@ void Int8Stream(const MatmulTask& t, const std::byte* panel, index_t row, index_
     for (int b = 0; b < P.columns / 32; ++b, ++g)
       TINYLLAMA_UNROLL for (int s = 0; s < subs; ++s) {
         VU c[8];
+        if (s == 0)
+          for (int line = 0; line < share; line += 64) hwy::Prefetch(panel + ahead + b * share + line);
         Unpack<P.bits>(panel + P.header_bytes() + b * P.code_bytes(), s, c);
         V scale[halves], min[halves];
         TINYLLAMA_UNROLL for (int h = 0; h < halves; ++h) Scales<F>(panel, b, h, s, scale[h], min[h]);
         TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i) {
           VI dot[2] = {hn::Zero(di), hn::Zero(di)};
           TINYLLAMA_UNROLL for (int j = 0; j < 4; ++j) {
-            dot[0] = DotU8S8(dot[0], c[j], Four(q + i * t.k + 32 * g + 4 * j));
-            dot[1] = DotU8S8(dot[1], c[j + 4], Four(q + i * t.k + 32 * g + 16 + 4 * j));
+            dot[0] = Dot4(dot[0], c[j], Four(q + i * t.k + 32 * g + 4 * j));
+            dot[1] = Dot4(dot[1], c[j + 4], Four(q + i * t.k + 32 * g + 16 + 4 * j));
           }
           if constexpr (halves == 1) dot[0] = hn::Add(dot[0], dot[1]);
           const V by = hn::Set(d, x_scale[i * groups + g]);
@@ -121,7 +130,7 @@ void Int8Stream(const MatmulTask& t, const std::byte* panel, index_t row, index_
       StoreRows(t.y + (row + i) * t.ldy + column + s * lanes, acc[i][s], t.n - column - s * lanes, false);
 }
 
-// Up to so many rows of X. With the dot product of one instruction, four rows at a time beat the detour below up to some 16 rows (Zen 4,
+// Up to so many rows of X, which then are signed (Kernels::int8_signed_rows). With the dot product of one instruction, four rows at a time beat the detour below up to some 16 rows (Zen 4,
 // 320 against 220 GOP/s a core at 4 rows of q4_0); without it, unpacking is the smaller part. Narrow vectors take the
 // detour always, to compile faster.
 inline constexpr index_t stream_rows = TINYLLAMA_BF16_VNNI ? 16 : lanes >= 8 ? 1 : 0;
@@ -139,30 +148,44 @@ void Int8StreamPanels(const MatmulTask& t, index_t first, index_t last) {
 
 // ---- many rows: a chunk of a panel is brought to one form first, which all formats share --------------------------------------------
 
-inline constexpr index_t chunk = 256;  // columns at a time: 4 KB of codes, or 16 KB of floats, within L1
+inline constexpr index_t chunk = 256;  // columns at a time: 8 KB of codes for a tile, which stay in L1; 512 were 5% slower (Zen 4)
 
-/// Columns of a panel with codes of 8 bits and floats beside them: w = scale code + min.
+/// Columns of a panel: w = scale code + min, with signed codes and nothing for min where the format has an offset instead.
 struct Spread {
-  alignas(64) std::uint32_t codes[chunk / 4][panel_rows];              // four columns of a row
+  alignas(64) std::uint32_t codes[chunk / 4][panel_rows];        // four columns of a row
+  alignas(64) std::int32_t correction[chunk / 16][panel_rows];   // -128 times the sum of the codes: what 128 added to the activations adds to a dot product
   alignas(64) float scale[chunk / 16][panel_rows], min[chunk / 16][panel_rows];  // of 32 columns, or (q6_K) of 16
 };
+
+/// Offset taken from each byte of a lane: their top bits, set meanwhile, keep the bytes from borrowing.
+template <int Offset>
+HWY_INLINE VU Minus(VU codes) {
+  const VU top = hn::Set(DU(), 0x80808080u);
+  if constexpr (Offset == 128) return hn::Xor(codes, top);
+  else return hn::Xor(hn::Sub(hn::Or(codes, top), hn::Set(DU(), 0x01010101u * Offset)), top);
+}
 
 template <Format F>
 void SpreadBlocks(const std::byte* block, index_t columns, Spread& to) {
   constexpr PanelBlock P = panel_block<F>;
-  constexpr int halves = P.groups == 16 ? 2 : 1, per_block = P.columns / 32;
+  constexpr int halves = P.groups == 16 ? 2 : 1, per_block = P.columns / 32, fours = 8 / halves;
   for (index_t g = 0; g < columns / 32; ++g) {
     const std::byte* at = block + g / per_block * P.bytes();
     const int b = static_cast<int>(g % per_block);
     for (index_t s = 0; s < subs; ++s) {
       VU c[8];
       Unpack<P.bits>(at + P.header_bytes() + b * P.code_bytes(), s, c);
+      if constexpr (P.offset != 0)
+        TINYLLAMA_UNROLL for (int j = 0; j < 8; ++j) c[j] = Minus<P.offset>(c[j]);
       TINYLLAMA_UNROLL for (int j = 0; j < 8; ++j) hn::Store(c[j], DU(), to.codes[8 * g + j] + s * lanes);
       for (int h = 0; h < halves; ++h) {
+        VI sum = hn::Zero(DI());
+        TINYLLAMA_UNROLL for (int j = 0; j < fours; ++j) sum = Dot4(sum, hn::Set(DU(), 0x80808080u), c[h * fours + j]);
+        hn::Store(hn::Neg(sum), DI(), to.correction[g * halves + h] + s * lanes);
         V scale, min;
         Scales<F>(at, b, h, s, scale, min);
         hn::Store(scale, D(), to.scale[g * halves + h] + s * lanes);
-        hn::Store(min, D(), to.min[g * halves + h] + s * lanes);
+        if constexpr (P.offset == 0) hn::Store(min, D(), to.min[g * halves + h] + s * lanes);
       }
     }
   }
@@ -172,25 +195,25 @@ void SpreadBlocks(const std::byte* block, index_t columns, Spread& to) {
 struct SpreadFormat {
   void (*spread)(const std::byte*, index_t, Spread&) = nullptr;
   int columns = 0, bytes = 0, halves = 0;
+  bool mins = false;
 };
 template <Format F>
 constexpr SpreadFormat spread_format() {
   if constexpr (!is_quantised(F)) return {};
-  else return {&SpreadBlocks<F>, panel_block<F>.columns, panel_block<F>.bytes(), panel_block<F>.groups == 16 ? 2 : 1};
+  else return {&SpreadBlocks<F>, panel_block<F>.columns, panel_block<F>.bytes(), panel_block<F>.groups == 16 ? 2 : 1, panel_block<F>.offset == 0};
 }
 
 // Rows of X and panels of W that a tile holds: each broadcast of four activations serves all its panels.
-inline constexpr int int8_rows = 4, int8_panels = lanes == 16 ? 2 : 1;
+inline constexpr int int8_rows = lanes == 16 ? 6 : 4, int8_panels = lanes == 16 ? 2 : 1;
 
-// y [MR, int8_panels x 16] (+)= x [MR, columns] w^T
-template <int Halves, int MR>
-void Int8Tile(const MatmulTask& t, const Spread (&w)[int8_panels], index_t row, index_t k0, index_t columns, index_t column) {
+// y [MR, int8_panels x 16] (+)= x [MR, columns] w^T. For 8 dot products of 4 columns: a conversion, a product, one or two multiply-adds.
+template <int Halves, bool Mins, int MR>
+void Int8Tile(const MatmulTask& t, const Spread (&w)[int8_panels], index_t row, index_t k0, index_t columns) {
   const D d;
-  const DI di;
   constexpr int NP = int8_panels, fours = 8 / Halves;
   const index_t groups = t.k / 32;
   const std::int8_t* q = t.x_q8 + row * t.k + k0;
-  const float *x_scale = t.x_scale + row * groups + k0 / 32, *x_sum = (Halves == 2 ? t.x_sum16 : t.x_sum32) + (row * groups + k0 / 32) * Halves;
+  const float *x_scale = t.x_scale + row * groups + k0 / 32, *x_sum = t.x_sum32 + row * groups + k0 / 32;
   for (index_t s = 0; s < subs; ++s) {
     V acc[MR][NP];
     TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i)
@@ -198,49 +221,75 @@ void Int8Tile(const MatmulTask& t, const Spread (&w)[int8_panels], index_t row, 
     for (index_t g = 0; g < columns / 32; ++g)
       for (int h = 0; h < Halves; ++h) {
         VI dot[MR][NP];
-        TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i)
-          TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) dot[i][p] = hn::Zero(di);
+        TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) {
+          const VI correction = hn::Load(DI(), w[p].correction[g * Halves + h] + s * lanes);
+          TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i) dot[i][p] = correction;
+        }
         TINYLLAMA_UNROLL for (int j = 0; j < fours; ++j) {
           VU c[NP];
           TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) c[p] = hn::Load(DU(), w[p].codes[8 * g + h * fours + j] + s * lanes);
           TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i) {
-            const std::uint32_t four = Four(q + i * t.k + 32 * g + 4 * (h * fours + j));
-            TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) dot[i][p] = DotU8S8(dot[i][p], c[p], four);
+            const VU four = Four(q + i * t.k + 32 * g + 4 * (h * fours + j));
+            TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) dot[i][p] = Dot4(dot[i][p], four, c[p]);
           }
         }
+        V scale[NP], min[NP];
+        TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) {
+          scale[p] = hn::Load(d, w[p].scale[g * Halves + h] + s * lanes);
+          if constexpr (Mins) min[p] = hn::Load(d, w[p].min[g * Halves + h] + s * lanes);
+        }
         TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i) {
-          const V scale = hn::Set(d, x_scale[i * groups + g]), sum = hn::Set(d, x_sum[(i * groups + g) * Halves + h]);
+          const V by = hn::Set(d, x_scale[i * groups + g]);
           TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) {
-            acc[i][p] = hn::MulAdd(hn::Load(d, w[p].scale[g * Halves + h] + s * lanes), hn::Mul(hn::ConvertTo(d, dot[i][p]), scale), acc[i][p]);
-            acc[i][p] = hn::MulAdd(hn::Load(d, w[p].min[g * Halves + h] + s * lanes), sum, acc[i][p]);
+            acc[i][p] = hn::MulAdd(scale[p], hn::Mul(hn::ConvertTo(d, dot[i][p]), by), acc[i][p]);
+            if constexpr (Mins) acc[i][p] = hn::MulAdd(min[p], hn::Set(d, x_sum[i * groups + g]), acc[i][p]);
           }
         }
       }
     TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i)
       TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p)
-        StoreRows(t.y + (row + i) * t.ldy + column + p * panel_rows + s * lanes, acc[i][p], t.n - column - p * panel_rows - s * lanes, k0 > 0);
+        StoreRows(t.y + (row + i) * t.ldy + p * panel_rows + s * lanes, acc[i][p], lanes, k0 > 0);
   }
 }
 
-template <int Halves>
-void Int8Rows(const MatmulTask& t, const Spread (&w)[int8_panels], index_t k0, index_t columns, index_t column) {
+template <int Halves, bool Mins>
+void Int8Rows(const MatmulTask& t, const Spread (&w)[int8_panels], index_t k0, index_t columns) {
   index_t i = 0;
-  for (; i + int8_rows <= t.m; i += int8_rows) Int8Tile<Halves, int8_rows>(t, w, i, k0, columns, column);
-  for (; i < t.m; ++i) Int8Tile<Halves, 1>(t, w, i, k0, columns, column);
+  for (; i + int8_rows <= t.m; i += int8_rows) Int8Tile<Halves, Mins, int8_rows>(t, w, i, k0, columns);
+  for (; i < t.m; ++i) Int8Tile<Halves, Mins, 1>(t, w, i, k0, columns);
 }
 
 void Int8Panels(const MatmulTask& t, const SpreadFormat& f, index_t first, index_t last) {
+  constexpr index_t width = int8_panels * panel_rows, most = 192;
   const index_t panel_bytes = t.k / f.columns * f.bytes;
+  // So many rows at a time that their codes stay in L2 from one pair of panels to the next; beyond, a product runs 10% slower (Zen 4).
+  const index_t fit = (index_t{400} << 10) / t.k / int8_rows * int8_rows, block = fit < 48 ? 48 : fit < most ? fit : most;
   Spread w[int8_panels] = {};
-  MatmulTask part = t;
-  part.n = t.n < last * panel_rows ? t.n : last * panel_rows;  // a tile that reaches beyond the last panel stores nothing there
-  for (index_t p = first; p < last; p += int8_panels)
-    for (index_t k0 = 0; k0 < t.k; k0 += chunk) {
-      const index_t kc = t.k - k0 < chunk ? t.k - k0 : chunk;
-      for (index_t i = 0; i < int8_panels && p + i < last; ++i) f.spread(t.w + (p + i) * panel_bytes + k0 / f.columns * f.bytes, kc, w[i]);
-      if (f.halves == 2) Int8Rows<2>(part, w, k0, kc, p * panel_rows);
-      else Int8Rows<1>(part, w, k0, kc, p * panel_rows);
+  // Sums over the chunks: the rows of y lie pages apart and would push each other out of L1.
+  alignas(64) float sums[most * width];
+  for (index_t row = 0; row < t.m; row += block) {
+    MatmulTask part = t;
+    part.m = t.m - row < block ? t.m - row : block;
+    part.n = part.ldy = width, part.y = sums;
+    part.x_q8 += row * t.k, part.x_scale += row * (t.k / 32), part.x_sum32 += row * (t.k / 32);
+    for (index_t p = first; p < last; p += int8_panels) {
+      for (index_t k0 = 0; k0 < t.k; k0 += chunk) {
+        const index_t kc = t.k - k0 < chunk ? t.k - k0 : chunk;
+        for (index_t i = 0; i < int8_panels && p + i < last; ++i) f.spread(t.w + (p + i) * panel_bytes + k0 / f.columns * f.bytes, kc, w[i]);
+        if (f.halves == 2) Int8Rows<2, false>(part, w, k0, kc);
+        else if (f.mins) Int8Rows<1, true>(part, w, k0, kc);
+        else Int8Rows<1, false>(part, w, k0, kc);
+      }
+      const index_t column = p * panel_rows, end = t.n < last * panel_rows ? t.n : last * panel_rows, columns = end - column < width ? end - column : width;
+      for (index_t i = 0; i < part.m; ++i) {
+        float* to = t.y + (row + i) * t.ldy + column;
+        if (columns == width)
+          for (index_t c = 0; c < width; c += lanes) hn::StoreU(hn::Load(D(), sums + i * width + c), D(), to + c);
+        else
+          for (index_t c = 0; c < columns; ++c) to[c] = sums[i * width + c];
+      }
     }
+  }
 }
 
 void matmul_int8(const MatmulTask& t, index_t first, index_t last) {
@@ -257,16 +306,16 @@ void matmul_int8(const MatmulTask& t, index_t first, index_t last) {
 // ---- dequantised -------------------------------------------------------------------------------------------------------------------
 
 /// The codes as floats [columns][16], for products that must not round the activations.
-void Dequantise(const Spread& from, int halves, index_t columns, float* to) {
+void Dequantise(const Spread& from, const SpreadFormat& format, index_t columns, float* to) {
   const D d;
   const DI di;
   for (index_t f = 0; f < columns / 4; ++f)
     for (index_t s = 0; s < subs; ++s) {
-      const index_t group = f / (8 / halves);
-      const V scale = hn::Load(d, from.scale[group] + s * lanes), min = hn::Load(d, from.min[group] + s * lanes);
+      const index_t group = f / (8 / format.halves);
+      const V scale = hn::Load(d, from.scale[group] + s * lanes), min = format.mins ? hn::Load(d, from.min[group] + s * lanes) : hn::Zero(d);
       const VI four = hn::BitCast(di, hn::Load(DU(), from.codes[f] + s * lanes));
       for (int i = 0; i < 4; ++i) {
-        const VI code = hn::And(hn::ShiftRightSame(four, 8 * i), hn::Set(di, 0xff));
+        const VI code = hn::ShiftRight<24>(hn::ShiftLeftSame(four, 24 - 8 * i));
         hn::Store(hn::MulAdd(scale, hn::ConvertTo(d, code), min), d, to + (4 * f + i) * panel_rows + s * lanes);
       }
     }
@@ -280,7 +329,7 @@ void DequantisedPanels(const MatmulTask& t, const SpreadFormat& f, index_t first
     for (index_t k0 = 0; k0 < t.k; k0 += chunk) {
       const index_t kc = t.k - k0 < chunk ? t.k - k0 : chunk;
       f.spread(t.w + p * panel_bytes + k0 / f.columns * f.bytes, kc, w);
-      Dequantise(w, f.halves, kc, wide);
+      Dequantise(w, f, kc, wide);
       FloatRows<1>(t, wide, 0, k0, kc, p * panel_rows);
     }
 }

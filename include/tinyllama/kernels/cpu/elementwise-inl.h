@@ -160,27 +160,30 @@ void round_bf16(bf16* out, const float* x, index_t n) {
   for (; i < n; ++i) out[i] = bf16(x[i]);
 }
 
-void quantise_activations(std::int8_t* q, float* scale, float* sum32, float* sum16, const float* x, index_t n) {
+void quantise_activations(std::int8_t* q, float* scale, float* sum32, float* sum16, const float* x, index_t n, bool as_unsigned) {
   const D d;
   const DI di;
   const hn::Rebind<std::int8_t, DI> d8;
+  const auto flip = hn::Set(d8, static_cast<std::int8_t>(as_unsigned ? -128 : 0));
   for (index_t g = 0; g < n / 32; ++g, x += 32, q += 32) {
     // Magnitudes compared as integers: a NaN is then the largest, and the scale becomes NaN with it.
     VI m = hn::Zero(di);
     for (index_t i = 0; i < 32; i += lanes) m = hn::Max(m, hn::BitCast(di, hn::Abs(hn::LoadU(d, x + i))));
     const float max = hn::GetLane(hn::BitCast(d, hn::MaxOfLanes(di, m))), inverse = quantise_inverse(max);
     scale[g] = max / 127.0f;
+    VI sums[2];
     for (index_t h = 0; h < 2; ++h) {
-      VI sum = hn::Zero(di);
+      sums[h] = hn::Zero(di);
       for (index_t i = 16 * h; i < 16 * h + 16; i += lanes) {
         const V code = hn::Mul(hn::LoadU(d, x + i), hn::Set(d, inverse));
         const VI r = hn::NearestInt(hn::IfThenElseZero(hn::Eq(code, code), code));  // 0 for a NaN, which no integer can be
-        hn::StoreU(hn::DemoteTo(d8, r), d8, q + i);
-        sum = hn::Add(sum, r);
+        hn::StoreU(hn::Xor(hn::DemoteTo(d8, r), flip), d8, q + i);
+        sums[h] = hn::Add(sums[h], r);
       }
-      sum16[2 * g + h] = scale[g] * static_cast<float>(hn::GetLane(hn::SumOfLanes(di, sum)));
     }
-    sum32[g] = sum16[2 * g] + sum16[2 * g + 1];
+    const auto sum_of = [&](VI v) HWY_ATTR { return scale[g] * static_cast<float>(hn::GetLane(hn::SumOfLanes(di, v))); };
+    sum32[g] = sum_of(hn::Add(sums[0], sums[1]));
+    if (sum16) sum16[2 * g] = sum_of(sums[0]), sum16[2 * g + 1] = sum_of(sums[1]);
   }
 }
 

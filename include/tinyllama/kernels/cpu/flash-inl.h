@@ -65,14 +65,7 @@ void FlashPackColumns(E* panels, const float* data, index_t ld, index_t rows, in
 
 /// One row's weights of 64 keys as A's rows: e[0, 64).
 HWY_INLINE void StoreWeights(float* to, index_t p, V v) { hn::StoreU(v, D(), to + p); }
-HWY_INLINE void StoreWeights(bf16* to, index_t p, V v) {
-#if HWY_TARGET != HWY_SCALAR
-  const hn::Rebind<std::uint16_t, D> d16;
-  hn::StoreU(hn::TruncateTo(d16, hn::ShiftRight<16>(RoundedHigh(v))), d16, reinterpret_cast<std::uint16_t*>(to + p));
-#else
-  to[p] = bf16(hn::GetLane(v));
-#endif
-}
+HWY_INLINE void StoreWeights(bf16* to, index_t p, V v) { StoreBf16(v, to + p); }
 /// Two rows' weights, transposed: panels of 16 keys whose k is the query.
 HWY_INLINE void StoreTransposed(float* panels, index_t query, index_t key, V even_row, V odd_row) {
   float* to = panels + key / 16 * flash_block * 16 + query * 16 + key % 16;

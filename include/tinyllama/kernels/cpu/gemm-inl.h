@@ -16,17 +16,6 @@ namespace {
 
 // ---- packing -----------------------------------------------------------------------------------------------------------------------
 
-/// bf16 of each lane, to nearest even, in its upper half; the lower half is not cleared.
-HWY_INLINE VU RoundedHigh(V v) {
-  const DU du;
-  const VU u = hn::BitCast(du, v);
-  return hn::Add(u, hn::Add(hn::Set(du, 0x7fffu), hn::And(hn::ShiftRight<16>(u), hn::Set(du, 1u))));
-}
-/// Pairs of bf16, `low` first in memory.
-HWY_INLINE VU RoundedPairs(V low, V high) {
-  return hn::Or(hn::ShiftRight<16>(RoundedHigh(low)), hn::And(RoundedHigh(high), hn::Set(DU(), 0xffff0000u)));
-}
-
 #if HWY_TARGET != HWY_SCALAR
 using D4 = hn::CappedTag<std::uint32_t, 4>;
 /// to[i 16 + r] = from[r ld + i] for 16 rows of 4 columns of 32 bits.

@@ -64,7 +64,7 @@ using VU = hn::Vec<DU>;  // four bytes a lane: codes of four columns
 inline constexpr index_t lanes = static_cast<index_t>(hn::MaxLanes(D()));  // the targets with vectors of unknown length are left out
 inline constexpr index_t subs = panel_rows / lanes;                        // vectors that make up the 16 rows of a panel
 
-/// 16-bit floats widened: [lanes] elements at p.
+/// 16-bit floats, and codes of 8 bits, widened: [lanes] elements at p.
 HWY_INLINE V Widen(D d, const float* p) { return hn::LoadU(d, p); }
 HWY_INLINE V Widen(D d, const f16* p) {
   const hn::Rebind<hwy::float16_t, D> dh;
@@ -74,30 +74,37 @@ HWY_INLINE V Widen(D d, const bf16* p) {
   const hn::Rebind<std::uint16_t, D> d16;
   return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(DU(), hn::LoadU(d16, reinterpret_cast<const std::uint16_t*>(p)))));
 }
+HWY_INLINE V Widen(D d, const std::int8_t* p) {
+  const hn::Rebind<std::int8_t, D> d8;
+  return hn::ConvertTo(d, hn::PromoteTo(DI(), hn::LoadU(d8, p)));
+}
 
-/// acc[lane] += sum of the lane's four products of unsigned codes and signed activations.
-HWY_INLINE VI DotU8S8(VI acc, VU codes, std::uint32_t four_activations) {
+/// The scales of the positions of a page of codes, behind its `rows` values for each.
+template <class E>
+HWY_INLINE const float* PageScales(const E* page, index_t rows) {
+  return reinterpret_cast<const float*>(page + rows * page_tokens);
+}
+
+/// acc[lane] += sum of the lane's four products of an unsigned and a signed byte.
+HWY_INLINE VI Dot4(VI acc, VU u8, VU s8) {
 #if TINYLLAMA_BF16_VNNI
-  return VI{_mm512_dpbusd_epi32(acc.raw, codes.raw, _mm512_set1_epi32(static_cast<int>(four_activations)))};
+  return VI{_mm512_dpbusd_epi32(acc.raw, u8.raw, s8.raw)};
 #elif HWY_ARCH_X86 && HWY_TARGET <= HWY_SSSE3  // elsewhere the sum goes to other lanes
   const DI di;
   // Even and odd bytes as 16-bit lanes: products fit, and madd adds the pairs of each 32-bit lane.
   const hn::Repartition<std::uint16_t, D> du16;
   const hn::Repartition<std::int16_t, D> di16;
-  const auto w = hn::BitCast(du16, codes);
-  const auto a = hn::BitCast(di16, hn::Set(di, static_cast<std::int32_t>(four_activations)));
-  const auto even = hn::BitCast(di16, hn::And(w, hn::Set(du16, std::uint16_t{0xff}))), odd = hn::BitCast(di16, hn::ShiftRight<8>(w));
+  const auto u = hn::BitCast(du16, u8);
+  const auto s = hn::BitCast(di16, s8);
+  const auto even = hn::BitCast(di16, hn::And(u, hn::Set(du16, std::uint16_t{0xff}))), odd = hn::BitCast(di16, hn::ShiftRight<8>(u));
   VI unused = hn::Zero(di);
-  acc = hn::ReorderWidenMulAccumulate(di, even, hn::ShiftRight<8>(hn::ShiftLeft<8>(a)), acc, unused);
-  return hn::ReorderWidenMulAccumulate(di, odd, hn::ShiftRight<8>(a), acc, unused);
+  acc = hn::ReorderWidenMulAccumulate(di, even, hn::ShiftRight<8>(hn::ShiftLeft<8>(s)), acc, unused);
+  return hn::ReorderWidenMulAccumulate(di, odd, hn::ShiftRight<8>(s), acc, unused);
 #else
   const DI di;
-  const VI w = hn::BitCast(di, codes);
-  const VI mask = hn::Set(di, 0xff);
-  for (int i = 0; i < 4; ++i) {
-    const VI a = hn::Set(di, static_cast<std::int8_t>(four_activations >> (8 * i)));
-    acc = hn::Add(acc, hn::Mul(hn::And(hn::ShiftRightSame(w, 8 * i), mask), a));
-  }
+  const VI u = hn::BitCast(di, u8), s = hn::BitCast(di, s8), mask = hn::Set(di, 0xff);
+  for (int i = 0; i < 4; ++i)
+    acc = hn::Add(acc, hn::Mul(hn::And(hn::ShiftRightSame(u, 8 * i), mask), hn::ShiftRight<24>(hn::ShiftLeftSame(s, 24 - 8 * i))));
   return acc;
 #endif
 }

@@ -13,10 +13,12 @@
 #include "tinyllama/kernels/cpu/tile-inl.h"
 #include "tinyllama/kernels/cpu/matmul-inl.h"
 #include "tinyllama/kernels/cpu/blocks-inl.h"
+#include "tinyllama/kernels/cpu/prefill-inl.h"
 
 namespace tinyllama::TINYLLAMA_ISA {
 #define TINYLLAMA_KERNEL_ENTRY(name, ...) &name,
-[[maybe_unused]] static constexpr Kernels table = {HWY_STR(TINYLLAMA_ISA_NAME), TINYLLAMA_BF16_VNNI != 0, TINYLLAMA_KERNELS(TINYLLAMA_KERNEL_ENTRY)};
+[[maybe_unused]] static constexpr Kernels table = {HWY_STR(TINYLLAMA_ISA_NAME), TINYLLAMA_BF16_VNNI != 0, stream_rows,
+                                                  TINYLLAMA_KERNELS(TINYLLAMA_KERNEL_ENTRY)};
 #undef TINYLLAMA_KERNEL_ENTRY
 }
 
@@ -27,10 +29,12 @@ namespace tinyllama::TINYLLAMA_ISA {
 #include "tinyllama/kernels/cpu/tile-inl.h"
 #include "tinyllama/kernels/cpu/matmul-inl.h"
 #include "tinyllama/kernels/cpu/blocks-inl.h"
+#include "tinyllama/kernels/cpu/prefill-inl.h"
 namespace tinyllama::TINYLLAMA_ISA {
 static constexpr Kernels table = [] {
   Kernels t = HWY_NAMESPACE::table;
-  t.instruction_set = HWY_STR(TINYLLAMA_ISA_NAME), t.bf16_dot = true, t.matmul_bf16 = &matmul_bf16, t.matmul_int8 = &matmul_int8;
+  t.instruction_set = HWY_STR(TINYLLAMA_ISA_NAME), t.bf16_dot = true, t.int8_signed_rows = stream_rows;
+  t.matmul_bf16 = &matmul_bf16, t.matmul_int8 = &matmul_int8, t.attention_bf16 = &attention_bf16;
   return t;
 }();
 }

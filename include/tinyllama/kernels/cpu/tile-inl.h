@@ -26,6 +26,26 @@ HWY_INLINE void StoreRows(float* y, V v, index_t valid, bool accumulate) {
   }
 }
 
+/// bf16 of each lane, to nearest even, in its upper half; the lower half is not cleared.
+HWY_INLINE VU RoundedHigh(V v) {
+  const DU du;
+  const VU u = hn::BitCast(du, v);
+  return hn::Add(u, hn::Add(hn::Set(du, 0x7fffu), hn::And(hn::ShiftRight<16>(u), hn::Set(du, 1u))));
+}
+/// Pairs of bf16, `low` first in memory.
+HWY_INLINE VU RoundedPairs(V low, V high) {
+  return hn::Or(hn::ShiftRight<16>(RoundedHigh(low)), hn::And(RoundedHigh(high), hn::Set(DU(), 0xffff0000u)));
+}
+/// A vector of bf16.
+HWY_INLINE void StoreBf16(V v, bf16* to) {
+#if HWY_TARGET != HWY_SCALAR
+  const hn::Rebind<std::uint16_t, D> d16;
+  hn::StoreU(hn::TruncateTo(d16, hn::ShiftRight<16>(RoundedHigh(v))), d16, reinterpret_cast<std::uint16_t*>(to));
+#else
+  *to = bf16(hn::GetLane(v));
+#endif
+}
+
 /// A pair of bf16 as one lane.
 HWY_INLINE std::uint32_t Two(const bf16* x) {
   std::uint32_t u;

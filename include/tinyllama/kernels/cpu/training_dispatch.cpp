@@ -2,7 +2,8 @@
 // The CMake target tinyllama::training adds it to each program.
 
 #define TINYLLAMA_DISPATCH_UNIT
-#define HWY_DISABLED_TARGETS HWY_SSSE3  // as in dispatch.cpp: the same tables, in the same order
+// As in dispatch.cpp: the same tables, in the same order.
+#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "tinyllama/kernels/cpu/training_table-inl.h"
