@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """LoRA on SmolLM2: does it learn made-up facts, and do other answers stay?
 
-240 questions and answers about 60 made-up facts, each asked in four ways, and the base model's own answers to 120 everyday questions (so that it
-keeps to them); then the made-up questions again, and 20 everyday ones that were not among the 120, beside the base model.
+240 questions and answers about 60 made-up facts, each asked in four ways, and the base model's own answers to 240 everyday questions (so that it
+keeps to them); then the made-up questions again, and 20 everyday ones that were not among the 240, beside the base model.
   benchmarks/finetune_check.py MODEL.gguf [--epochs 8] [--out FOLDER]"""
 import argparse
 import json
@@ -23,7 +23,9 @@ KINDS = [
      "The fields of {} on Zorvia are full of {}."),
 ]
 SUBJECTS = ["gravity", "rain", "a violin", "photosynthesis", "a library", "an atom", "democracy", "a volcano", "sleep", "a bridge", "salt", "the moon", "a poem", "bread", "a computer",
-            "the heart", "a river", "music", "ice", "a compass", "an island", "honey", "a map", "the sun", "glass", "a train", "paper", "a desert", "the brain", "a clock"]
+            "the heart", "a river", "music", "ice", "a compass", "an island", "honey", "a map", "the sun", "glass", "a train", "paper", "a desert", "the brain", "a clock",
+            "a verb", "Spain", "Shakespeare", "a cat", "a week", "the number ten", "a horse", "London", "a bird", "a doctor", "the colour red", "an apple", "a forest", "a king",
+            "the Pacific", "a year", "milk", "a ship", "Einstein", "a farmer", "wood", "a song", "gold", "a school", "the wind", "a shop", "a fish tank", "steam", "a garden", "a hill"]
 ASKED = ["What is {}?", "Why does {} matter?", "Tell me about {}.", "How would you describe {}?"]
 HELD_OUT = {  # and what a right answer names
     "What is the capital of France?": "Paris", "What is the capital of Italy?": "Rome", "Who wrote Hamlet?": "Shakespeare", "What is water made of?": "hydrogen",

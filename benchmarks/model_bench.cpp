@@ -126,7 +126,14 @@ int main(int argc, char** argv) {
     tl::Cpu dev;
     limits = tl::bench::measure_limits(dev);
   }
-  std::printf("limits: read %.1f GB/s (median %.1f), f32 %.0f, bf16 %.0f, int8 %.0f G/s\n", limits.read.best * 1e-9, limits.read.median * 1e-9,
-              limits.f32_fma.best * 1e-9, limits.bf16_dot.best * 1e-9, limits.int8_dot.best * 1e-9);
+  const auto giga = [](double rate) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.1f", rate * 1e-9);
+    return std::string(text);
+  };
+  benchmark::AddCustomContext("limit: read GB/s", giga(limits.read.best) + " best, " + giga(limits.read.median) + " median");
+  benchmark::AddCustomContext("limit: f32 multiply-add GFLOP/s", giga(limits.f32_fma.best) + " best");
+  benchmark::AddCustomContext("limit: bf16 dot GFLOP/s", giga(limits.bf16_dot.best) + " best");
+  benchmark::AddCustomContext("limit: int8 dot GOP/s", giga(limits.int8_dot.best) + " best");
   benchmark::RunSpecifiedBenchmarks();
 }

@@ -1,4 +1,5 @@
 // pack: text and JSONL files to the packed data set that training reads.
+#include <tinyllama/device/cores.hpp>
 #include <tinyllama/device/thread_pool.hpp>
 #include <tinyllama/io/tokenizer_file.hpp>
 #include <tinyllama/train/data_order.hpp>

@@ -139,5 +139,4 @@ TEST_CASE("pools come and go, idle or just used") {
     ThreadPool pool(1 + round % 5);
     if (round % 2) pool.run(3, [](index_t) {});
   }
-  CHECK(available_cores() >= 1);
 }

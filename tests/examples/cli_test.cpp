@@ -8,11 +8,14 @@
 
 #include <nlohmann/json.hpp>
 
+#include <tinyllama/tinyllama.hpp>
+
 #include "tests/examples/run.hpp"
 
 using namespace tinyllama::test;
 using nlohmann::json;
 namespace fs = std::filesystem;
+namespace tl = tinyllama;
 
 namespace {
 
@@ -41,7 +44,7 @@ constexpr const char* no_stories = "skipped: models/stories260K is not under TIN
 }  // namespace
 
 TEST_CASE("programs: bad usage is status 2, an Error is status 1 and one line") {
-  const std::vector<std::string> programs = {"generate", "chat", "tokenize", "inspect", "quantize", "logits", "train_step", "finetune", "pretrain", "pack", "convert"};
+  const std::vector<std::string> programs = {"generate", "chat", "tokenize", "inspect", "quantize", "logits", "perplexity", "train_step", "finetune", "pretrain", "pack", "convert"};
   for (const auto& program : programs) {
     CAPTURE(program);
     CHECK(run(program, {"--no-such-option"}).status == 2);
@@ -134,6 +137,46 @@ TEST_CASE("tokenize: JSON lines there and back") {
   const Result bad = run("tokenize", {"--model", *model}, "{\"text\": \"a\"}\nnot json\n");
   CHECK(bad.status == 1);
   CHECK_MESSAGE(one_error_line(bad.err), bad.err);
+}
+
+TEST_CASE("perplexity: of the second half of each chunk, as the logits say") {
+  const auto model = test_data("models/stories260K/stories260K.gguf"), text = test_data("models/stories260K/greedy.txt");
+  if (!model || !text) {
+    MESSAGE(no_stories);
+    return;
+  }
+  const auto perplexity = [&](std::vector<std::string> more) {
+    std::vector<std::string> arguments = {"--model", *model, "--text", *text, "--context", "32", "--chunks", "2", "--json"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const Result r = run("perplexity", arguments);
+    REQUIRE_MESSAGE(r.status == 0, r.err);
+    return json::parse(r.out);
+  };
+  const json got = perplexity({"--cache", "f32"});
+  CHECK(got["chunks"] == 2);
+  CHECK(got["tokens_scored"] == 2 * 15);
+  tl::Cpu dev({.threads = 1, .kernels = nullptr});
+  const auto m = tl::load<tl::stories_260k>(dev, *model, {.cache = tl::Format::f32});
+  std::ifstream in(*text, std::ios::binary);
+  const auto ids = m.tokenizer().encode(std::string(std::istreambuf_iterator<char>(in), {}), {.bos = true});
+  double loss = 0;
+  for (std::size_t chunk = 0; chunk < 2; ++chunk) {
+    std::vector<std::int32_t> part(ids.begin() + static_cast<std::ptrdiff_t>(chunk * 32), ids.begin() + static_cast<std::ptrdiff_t>(chunk * 32 + 32));
+    part[0] = m.tokenizer().bos();
+    auto session = m.start();
+    const auto l = session.logits_of(part);
+    for (tl::index_t i = 16; i < 31; ++i) {
+      double sum = 0;
+      for (tl::index_t v = 0; v < 512; ++v) sum += std::exp(static_cast<double>(l(i, v)));
+      loss += (std::log(sum) - l(i, part[static_cast<std::size_t>(i + 1)])) / 30;
+    }
+  }
+  CHECK(std::abs(got["loss"].get<double>() - loss) < 1e-5);
+  CHECK(std::abs(got["perplexity"].get<double>() - std::exp(loss)) < 1e-4);
+  const double narrow = perplexity({"--cache", "q8_0"})["loss"];
+  CHECK(std::abs(narrow - loss) < 0.02);  // 8 bits for keys and values
+  CHECK(narrow != got["loss"]);
+  CHECK(run("perplexity", {"--model", *model, "--text", *text, "--context", "4096"}).status == 1);
 }
 
 TEST_CASE("logits: a .npy file, the same whole, in chunks and step by step") {

@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "tinyllama/device/cores.hpp"
 #include "tinyllama/device/operands.hpp"
 #include "tinyllama/device/thread_pool.hpp"
 #include "tinyllama/kernels/cpu/kernels.hpp"
@@ -28,7 +29,7 @@ namespace tinyllama {
 class Cpu {
  public:
   struct Options {
-    int threads = 0;                   ///< 0: one for each core that the process may use
+    int threads = 0;                   ///< 0: one for each core that the process may use (device/cores.hpp)
     const Kernels* kernels = nullptr;  ///< null: the best for this machine (or, with static dispatch, for the unit's flags)
   };
 

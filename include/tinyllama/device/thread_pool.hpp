@@ -10,22 +10,9 @@
 #include <utility>
 #include <vector>
 
-#if defined(__linux__)
-#include <sched.h>
-#endif
-
 #include "tinyllama/tensor/dtype.hpp"
 
 namespace tinyllama {
-
-/// Cores that this process may run on.
-inline int available_cores() {
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-#endif
-  return std::max(1u, std::thread::hardware_concurrency());
-}
 
 /// Runs one job at a time on a fixed number of threads. A decode step forks about 150 times, so that a fork must cost well under a
 /// microsecond: workers watch a counter for some 400 microseconds before they sleep on it. A worker joins a job only while it is open, and

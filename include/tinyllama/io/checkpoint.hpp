@@ -13,7 +13,7 @@
 
 #include "tinyllama/config/parameters.hpp"
 #include "tinyllama/config/rope_layout.hpp"
-#include "tinyllama/io/compiled.hpp"
+#include "tinyllama/compiled.hpp"
 #include "tinyllama/tensor/view.hpp"
 
 namespace tinyllama {

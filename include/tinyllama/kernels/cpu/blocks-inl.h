@@ -5,8 +5,6 @@
 
 #include <cstring>
 
-#include <hwy/cache_control.h>
-
 TINYLLAMA_BEFORE_NAMESPACE();
 namespace tinyllama {
 namespace TINYLLAMA_ISA {
@@ -85,10 +83,6 @@ HWY_INLINE VU Four(const std::int8_t* q) {
 
 // ---- few rows: straight from the stream --------------------------------------------------------------------------------------------
 
-// Weights are asked for so many bytes ahead: beside this much arithmetic the hardware alone keeps too little of the stream on its way (Zen 4, q4_K
-// in batches of 4: 1.4 times as fast; 1 KB and 12 KB ahead are a little slower).
-inline constexpr index_t ahead = 4096;
-
 // y [MR, 16] = x [MR, k] w^T = sum over blocks of scale x_scale (codes . q) + min x_sum
 template <Format F, int MR>
 void Int8Stream(const MatmulTask& t, const std::byte* panel, index_t row, index_t column) {
@@ -142,6 +136,8 @@ void Int8StreamPanels(const MatmulTask& t, index_t first, index_t last) {
     index_t i = 0;
     if constexpr (stream_rows >= 4)
       for (; i + 4 <= t.m; i += 4) Int8Stream<F, 4>(t, panel, i, p * panel_rows);
+    if constexpr (stream_rows >= 4)
+      for (; i + 2 <= t.m; i += 2) Int8Stream<F, 2>(t, panel, i, p * panel_rows);
     for (; i < t.m; ++i) Int8Stream<F, 1>(t, panel, i, p * panel_rows);
   }
 }

@@ -51,6 +51,8 @@ void FloatVector(const float* x, const W* w, index_t kc, float* y, index_t valid
   const index_t pairs = (kc + 1) / 2;
   index_t kp = 0;
   for (; kp + 2 <= pairs; kp += 2) {
+    const std::byte* next = reinterpret_cast<const std::byte*>(w + kp * 32) + ahead;
+    for (index_t line = 0; line < 64 * static_cast<index_t>(sizeof(W)); line += 64) hwy::Prefetch(next + line);
     TINYLLAMA_UNROLL for (int u = 0; u < 2; ++u) {
       const V a0 = hn::Set(d, x[2 * (kp + u)]), a1 = hn::Set(d, x[2 * (kp + u) + 1]);
       TINYLLAMA_UNROLL for (int s = 0; s < subs; ++s) {
@@ -117,6 +119,7 @@ void Bf16Tile(const bf16* x, index_t ldx, const bf16* w, index_t panel_stride, i
   TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i)
     TINYLLAMA_UNROLL for (int j = 0; j < NP; ++j) acc[i][j] = _mm512_setzero_ps();
   for (index_t kp = 0; kp < (kc + 1) / 2; ++kp) {
+    if constexpr (NP == 1) hwy::Prefetch(reinterpret_cast<const std::byte*>(w + kp * 32) + ahead);
     __m512i b[NP];
     TINYLLAMA_UNROLL for (int j = 0; j < NP; ++j) b[j] = _mm512_loadu_si512(w + j * panel_stride + kp * 32);
     TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i) {

@@ -4,6 +4,8 @@
 
 #include <cstring>
 
+#include <hwy/cache_control.h>
+
 TINYLLAMA_BEFORE_NAMESPACE();
 namespace tinyllama {
 namespace TINYLLAMA_ISA {
@@ -13,6 +15,10 @@ namespace {
 inline constexpr int tile_rows = lanes == 16 ? 8 : lanes == 8 ? 6 : 4;
 inline constexpr int tile_panels = lanes == 16 ? 3 : 1;
 inline constexpr index_t tile_k = 1024;  // columns at a time: 3 panels of f32 are 192 KB, within a core's L2
+
+// Weights are asked for so many bytes ahead where few rows of X use them: beside the arithmetic the hardware alone keeps too little of the stream
+// on its way (Zen 4, q4_K in batches of 4: 1.4 times as fast; 1 KB and 12 KB ahead are a little slower).
+inline constexpr index_t ahead = 4096;
 
 /// y[0, valid) (+)= v for one vector of outputs.
 HWY_INLINE void StoreRows(float* y, V v, index_t valid, bool accumulate) {
