@@ -226,12 +226,6 @@ void register_all() {
     }
 }
 
-std::string giga(const bench::Limit& l) {
-  char text[64];
-  std::snprintf(text, sizeof text, "%.1f best, %.1f median", l.best * 1e-9, l.median * 1e-9);
-  return text;
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -245,10 +239,7 @@ int main(int argc, char** argv) {
   limits = bench::measure_limits(*dev);
   benchmark::AddCustomContext("instruction set", std::string(dev->instruction_set()));
   benchmark::AddCustomContext("threads", std::to_string(dev->threads()));
-  benchmark::AddCustomContext("limit: read GB/s", giga(limits.read));
-  benchmark::AddCustomContext("limit: f32 multiply-add GFLOP/s", giga(limits.f32_fma));
-  benchmark::AddCustomContext("limit: bf16 dot GFLOP/s", giga(limits.bf16_dot));
-  benchmark::AddCustomContext("limit: int8 dot GOP/s", giga(limits.int8_dot));
+  bench::describe(limits, benchmark::AddCustomContext);
   register_all();
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;

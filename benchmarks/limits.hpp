@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include <hwy/highway.h>
@@ -150,6 +152,20 @@ inline Limits measure_limits(Cpu& dev) {
   std::sort(rates.begin(), rates.end());
   limits.read = {rates.back(), rates[rates.size() / 2]};
   return limits;
+}
+
+/// add(name, value) for each limit, as the context of a benchmark's report.
+template <class Add>
+void describe(const Limits& limits, Add&& add) {
+  const auto one = [&](const char* name, const Limit& l) {
+    char text[64];
+    std::snprintf(text, sizeof text, "%.1f best, %.1f median", l.best * 1e-9, l.median * 1e-9);
+    add(name, std::string(text));
+  };
+  one("limit: read GB/s", limits.read);
+  one("limit: f32 multiply-add GFLOP/s", limits.f32_fma);
+  one("limit: bf16 dot GFLOP/s", limits.bf16_dot);
+  one("limit: int8 dot GOP/s", limits.int8_dot);
 }
 
 }  // namespace tinyllama::bench

@@ -91,7 +91,7 @@ void decode(benchmark::State& state, Loaded& m, tl::index_t position, std::size_
   }
   std::sort(shares.begin(), shares.end());
   state.counters["tokens/s"] = benchmark::Counter(static_cast<double>(batch), benchmark::Counter::kIsIterationInvariantRate);
-  state.counters["share of read"] = shares[shares.size() / 2];
+  state.counters["share_of_read"] = shares[shares.size() / 2];
 }
 
 }  // namespace
@@ -126,14 +126,6 @@ int main(int argc, char** argv) {
     tl::Cpu dev;
     limits = tl::bench::measure_limits(dev);
   }
-  const auto giga = [](double rate) {
-    char text[32];
-    std::snprintf(text, sizeof text, "%.1f", rate * 1e-9);
-    return std::string(text);
-  };
-  benchmark::AddCustomContext("limit: read GB/s", giga(limits.read.best) + " best, " + giga(limits.read.median) + " median");
-  benchmark::AddCustomContext("limit: f32 multiply-add GFLOP/s", giga(limits.f32_fma.best) + " best");
-  benchmark::AddCustomContext("limit: bf16 dot GFLOP/s", giga(limits.bf16_dot.best) + " best");
-  benchmark::AddCustomContext("limit: int8 dot GOP/s", giga(limits.int8_dot.best) + " best");
+  tl::bench::describe(limits, benchmark::AddCustomContext);
   benchmark::RunSpecifiedBenchmarks();
 }

@@ -114,7 +114,6 @@ int main(int argc, char** argv) {
     tl::Cpu dev;
     limits = tl::bench::measure_limits(dev);
   }
-  std::printf("limits: read %.1f GB/s (median %.1f), f32 %.0f, bf16 %.0f GFLOP/s\n", limits.read.best * 1e-9, limits.read.median * 1e-9, limits.f32_fma.best * 1e-9,
-              limits.bf16_dot.best * 1e-9);
+  tl::bench::describe(limits, benchmark::AddCustomContext);
   benchmark::RunSpecifiedBenchmarks();
 }

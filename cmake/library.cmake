@@ -15,9 +15,11 @@ get_target_property(hwy_include_dirs hwy::hwy INTERFACE_INCLUDE_DIRECTORIES)
 target_include_directories(tinyllama_headers SYSTEM INTERFACE
   "$<BUILD_INTERFACE:${hwy_include_dirs}>" $<INSTALL_INTERFACE:$<TARGET_PROPERTY:hwy::hwy,INTERFACE_INCLUDE_DIRECTORIES>>)
 
-# On aarch64 under g++, Highway 1.0.3 compiles all its code for +crypto, so that a lambda given to map, which is compiled without, could not
-# inline it. This takes Highway's run-time dispatch away there, and with it that attribute; NEON is the only table there is. Elsewhere: nothing.
-target_compile_definitions(tinyllama_headers INTERFACE TOOLCHAIN_MISS_SYS_AUXV_H)
+# Under g++ Highway 1.0.3 compiles all its aarch64 code for +crypto, so that a lambda given to map, which is compiled without, could not inline it.
+# This takes Highway's run-time dispatch away, and with it that attribute; NEON is the only table there is.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
+  target_compile_definitions(tinyllama_headers INTERFACE TOOLCHAIN_MISS_SYS_AUXV_H)
+endif()
 
 # tinyllama::tinyllama: the same, with kernels for every instruction set, chosen at run time. Link it PRIVATE, and once a program.
 add_library(tinyllama_tinyllama INTERFACE)

@@ -50,8 +50,15 @@ struct preset_list {
   static constexpr bool any(F&& f) { return (f.template operator()<C>() || ...); }
 };
 
-/// The list of presets: a new one is added here.
-using presets = preset_list<tinyllama_1b, tinyllama_120m, code_tinyllama_1b, smollm2_135m, stories_260k, stories_15m>;
+/// The list of presets: a new one is added here. FIRST(preset), then OTHER(preset) for each of the rest.
+#define TINYLLAMA_PRESETS(FIRST, OTHER) \
+  FIRST(tinyllama_1b) OTHER(tinyllama_120m) OTHER(code_tinyllama_1b) OTHER(smollm2_135m) OTHER(stories_260k) OTHER(stories_15m)
+
+#define TINYLLAMA_FIRST(C) C
+#define TINYLLAMA_OTHER(C) , C
+using presets = preset_list<TINYLLAMA_PRESETS(TINYLLAMA_FIRST, TINYLLAMA_OTHER)>;
+#undef TINYLLAMA_FIRST
+#undef TINYLLAMA_OTHER
 
 /// Whether tensors of one shape fit the other: context and constants of the positions may differ, as they do between fine-tunes.
 constexpr bool same_shape(const any_llama& a, const any_llama& b) {

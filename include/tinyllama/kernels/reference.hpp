@@ -53,6 +53,12 @@ inline void softmax(float* out, const float* x, index_t n, float scale) {
 }
 
 namespace detail {
+inline float largest_magnitude(const float* x, index_t n) {
+  float max = 0;
+  for (index_t i = 0; i < n; ++i)
+    if (const float a = std::fabs(x[i]); !(a <= max) && max == max) max = a;  // a NaN stays
+  return max;
+}
 // Element i of a page's K or V, which belongs to the position in `slot`; the page has `rows` values for each position.
 inline float load(Format f, const std::byte* page, index_t i, index_t slot, index_t rows) {
   using tinyllama::detail::get;
@@ -72,9 +78,7 @@ inline void store(Format f, std::byte* page, index_t i, float v, float inverse) 
 // Where the format has scales, the position's goes to its place; returns what values are multiplied with to become codes.
 inline float store_scale(Format f, std::byte* page, const float* x, index_t n, index_t slot, index_t rows) {
   if (f != Format::q8_0) return 1;
-  float max = 0;
-  for (index_t d = 0; d < n; ++d)
-    if (const float a = std::fabs(x[d]); !(a <= max) && max == max) max = a;  // a NaN stays
+  const float max = largest_magnitude(x, n);
   tinyllama::detail::put(page + rows * page_tokens, slot, max / 127.0f);
   return quantise_inverse(max);
 }
@@ -133,10 +137,7 @@ inline void round_bf16(bf16* out, const float* x, index_t n) {
 // sum16 may be null. A NaN or an infinity makes its group NaN or infinite.
 inline void quantise_activations(std::int8_t* q, float* scale, float* sum32, float* sum16, const float* x, index_t n, bool as_unsigned) {
   for (index_t g = 0; g < n / 32; ++g) {
-    float max = 0;
-    for (index_t i = 0; i < 32; ++i)
-      if (const float a = std::fabs(x[g * 32 + i]); !(a <= max) && max == max) max = a;  // a NaN stays
-    const float d = max / 127.0f, inverse = quantise_inverse(max);
+    const float max = detail::largest_magnitude(x + g * 32, 32), d = max / 127.0f, inverse = quantise_inverse(max);
     scale[g] = d;
     int sum[2] = {};
     for (index_t i = 0; i < 32; ++i) {

@@ -26,7 +26,7 @@ struct LoadOptions {
   Format cache = Format::f16;            ///< of keys and values: f32, f16, bf16 or q8_0
   bool tokenizer = true;                 ///< load the checkpoint's tokenizer too
   /// A file that keeps the packed weights (CPU only): mapped where it is this checkpoint's, so that nothing is read or packed before it is
-  /// used; written, or written anew, where not. Mapped pages are 4 KB, not huge ones: decoding is some 15% slower than from packed memory.
+  /// used; written, or written anew, where not. Mapped pages are 4 KB, not huge ones, which decoding may feel.
   std::filesystem::path packed = {};
   std::function<void(std::size_t done, std::size_t total)> progress = {};  ///< bytes read
 };
@@ -101,6 +101,22 @@ struct Weights {
   // An untied embedding is looked up and never multiplied with: rows, as in the file.
   bool packs(const Parameter& p) const { return p.role != Role::gain && (p.role != Role::embedding || config.tied); }
 
+  /// Rows [first, first + n) of a tensor as the model keeps them, written to `to`; `first` is a multiple of panel_rows. Returns their bytes.
+  std::size_t store(const Parameter& p, const StoredTensor& t, index_t first, index_t n, std::byte* to) {
+    if (p.role == Role::gain) {
+      decode_row(t.format, t.bytes.data(), reinterpret_cast<float*>(to), t.columns);
+      return static_cast<std::size_t>(t.columns) * sizeof(float);
+    }
+    const std::size_t row = row_bytes(t.format, t.columns), size = static_cast<std::size_t>(n) * row;
+    const std::byte* from = t.bytes.data() + static_cast<std::size_t>(first) * row;
+    if (packs(p)) {
+      device->pack(to, {t.format, false, n, t.columns, from});
+      return packed_bytes(t.format, n, t.columns);
+    }
+    std::memcpy(to, from, size);
+    return size;
+  }
+
   /// Every tensor to its place in memory of its own, in slices, giving the file's pages back.
   template <class Source>
   void read(const Source& file, const LoadOptions& options) {
@@ -114,24 +130,15 @@ struct Weights {
     std::byte* at = memory.data();
     for_each_parameter(config, [&](const Parameter& p) {
       const StoredTensor t = file.tensor(p);
-      const std::size_t row = row_bytes(t.format, t.columns), size = stored_bytes(p, t.format, config.tied);
-      std::byte* end = at;
-      if (p.role == Role::gain) {
-        decode_row(t.format, t.bytes.data(), reinterpret_cast<float*>(at), t.columns);
-        end += static_cast<std::size_t>(t.columns) * sizeof(float);
-      } else {
-        const index_t step = std::max<index_t>(1, static_cast<index_t>(slice_bytes / row) / panel_rows) * panel_rows;  // whole panels
-        for (index_t r = 0; r < t.rows; r += step) {
-          const index_t n = std::min(step, t.rows - r);
-          const auto part = t.bytes.subspan(static_cast<std::size_t>(r) * row, static_cast<std::size_t>(n) * row);
-          if (packs(p)) device->pack(at + packed_bytes(t.format, r, t.columns), {t.format, false, n, t.columns, part.data()});
-          else std::memcpy(at + static_cast<std::size_t>(r) * row, part.data(), part.size());
-          file.release(part);
-        }
-        end += packs(p) ? packed_bytes(t.format, t.rows, t.columns) : t.bytes.size();
+      const std::size_t row = row_bytes(t.format, t.columns);
+      std::byte* const end = at + stored_bytes(p, t.format, config.tied);
+      const index_t step = std::max<index_t>(1, static_cast<index_t>(slice_bytes / row) / panel_rows) * panel_rows;  // whole panels
+      for (index_t r = 0; r < t.rows; r += step) {
+        const index_t n = std::min(step, t.rows - r);
+        at += store(p, t, r, n, at);
+        file.release(t.bytes.subspan(static_cast<std::size_t>(r) * row, static_cast<std::size_t>(n) * row));
       }
-      std::memset(end, 0, static_cast<std::size_t>(at + size - end));
-      at += size;
+      at = std::fill_n(at, end - at, std::byte{0});
       if (options.progress) options.progress(done += t.bytes.size(), total);
     });
   }
@@ -147,25 +154,15 @@ struct Weights {
     std::vector<std::byte> fresh;
     for_each_parameter(config, [&](const Parameter& p) {
       const StoredTensor t = file.tensor(p);
-      const std::size_t row = row_bytes(t.format, t.columns), size = stored_bytes(p, t.format, config.tied);
-      std::size_t offset = 0;
-      if (p.role == Role::gain) {
-        fresh.resize(static_cast<std::size_t>(t.columns) * sizeof(float));
-        decode_row(t.format, t.bytes.data(), reinterpret_cast<float*>(fresh.data()), t.columns);
-      } else {
-        // One panel, or as many rows: another in each matrix.
-        const index_t panel = ((p.layer + 1) * 7919 + static_cast<index_t>(p.slot) * 31) % ((t.rows + panel_rows - 1) / panel_rows), n = std::min(panel_rows, t.rows - panel * panel_rows);
-        const auto rows = t.bytes.subspan(static_cast<std::size_t>(panel * panel_rows) * row, static_cast<std::size_t>(n) * row);
-        offset = static_cast<std::size_t>(panel) * (packs(p) ? panel_bytes(t.format, t.columns) : row * static_cast<std::size_t>(panel_rows));
-        fresh.assign(rows.begin(), rows.end());
-        if (packs(p)) {
-          fresh.resize(panel_bytes(t.format, t.columns));
-          device->pack(fresh.data(), {t.format, false, n, t.columns, rows.data()});
-        }
-      }
+      // One panel, or as many rows: another in each matrix.
+      const index_t panel = ((p.layer + 1) * 7919 + static_cast<index_t>(p.slot) * 31) % ((t.rows + panel_rows - 1) / panel_rows), first = panel * panel_rows;
+      fresh.resize(std::max({panel_bytes(t.format, t.columns), static_cast<std::size_t>(panel_rows) * row_bytes(t.format, t.columns),
+                             static_cast<std::size_t>(t.columns) * sizeof(float)}));
+      const std::size_t size = store(p, t, first, std::min(panel_rows, t.rows - first), fresh.data());
+      const std::size_t offset = packs(p) ? packed_bytes(t.format, first, t.columns) : static_cast<std::size_t>(first) * row_bytes(t.format, t.columns);
+      same = same && std::memcmp(at + offset, fresh.data(), size) == 0;
       file.release(t.bytes);
-      same = same && std::memcmp(at + offset, fresh.data(), fresh.size()) == 0;
-      at += size;
+      at += stored_bytes(p, t.format, config.tied);
     });
     if (!same) mapped.reset(), bytes = {};
     return same;

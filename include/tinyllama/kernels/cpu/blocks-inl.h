@@ -134,10 +134,10 @@ void Int8StreamPanels(const MatmulTask& t, index_t first, index_t last) {
   for (index_t p = first; p < last; ++p) {
     const std::byte* panel = t.w + static_cast<std::size_t>(p) * panel_bytes<F>(t.k);
     index_t i = 0;
-    if constexpr (stream_rows >= 4)
+    if constexpr (stream_rows >= 4) {
       for (; i + 4 <= t.m; i += 4) Int8Stream<F, 4>(t, panel, i, p * panel_rows);
-    if constexpr (stream_rows >= 4)
       for (; i + 2 <= t.m; i += 2) Int8Stream<F, 2>(t, panel, i, p * panel_rows);
+    }
     for (; i < t.m; ++i) Int8Stream<F, 1>(t, panel, i, p * panel_rows);
   }
 }
@@ -266,7 +266,7 @@ void Int8Panels(const MatmulTask& t, const SpreadFormat& f, index_t first, index
   for (index_t row = 0; row < t.m; row += block) {
     MatmulTask part = t;
     part.m = t.m - row < block ? t.m - row : block;
-    part.n = part.ldy = width, part.y = sums;
+    part.ldy = width, part.y = sums;
     part.x_q8 += row * t.k, part.x_scale += row * (t.k / 32), part.x_sum32 += row * (t.k / 32);
     for (index_t p = first; p < last; p += int8_panels) {
       for (index_t k0 = 0; k0 < t.k; k0 += chunk) {
