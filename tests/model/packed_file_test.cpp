@@ -62,6 +62,22 @@ void check_packed() {
 TEST_CASE("packed file: an untied model") { check_packed<golden_gqa>(); }
 TEST_CASE("packed file: a tied one") { check_packed<golden_tied>(); }
 
+TEST_CASE("packed file: other weights of the same shape are another checkpoint") {
+  const TempFolder folder;
+  const auto other = folder.path() / "other", file = folder.path() / "weights.packed";
+  std::filesystem::copy(golden_folder<golden_gqa>(), other);
+  std::filesystem::permissions(other / "model.safetensors", std::filesystem::perms::owner_write, std::filesystem::perm_options::add);
+  overwrite(other / "model.safetensors", std::filesystem::file_size(other / "model.safetensors") - 32, 16);  // the last tensor's last row
+  const auto a = tl::open_checkpoint(golden_folder<golden_gqa>()), b = tl::open_checkpoint(other);
+  const auto ha = tl::packed_header(golden_gqa{}, a), hb = tl::packed_header(golden_gqa{}, b);
+  CHECK(ha.layout == hb.layout);
+  CHECK(ha.source != hb.source);
+  Packed<golden_gqa> p;
+  p.load(file);
+  CHECK_FALSE(tl::load<golden_gqa>(p.dev, b, {.packed = file}).weights().mapped);
+  CHECK_FALSE(p.load(file).first);  // the file is now the other's
+}
+
 TEST_CASE("packed file: a place that cannot be written is an Error that names it") {
   Packed<golden_gqa> p;
   CHECK_THROWS_WITH_AS(p.load("/nowhere/weights.packed"), doctest::Contains("/nowhere/weights.packed"), tl::Error);
