@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include <hwy/highway.h>
+#include "tinyllama/kernels/cpu/highway-inl.h"
 
 #include "tinyllama/device/cpu.hpp"
 #include "tinyllama/device/memory.hpp"

@@ -54,6 +54,10 @@ HWY_INLINE void map_run(index_t n, const F& f, Run<T> out, Run<U>... in) {
   index_t i = 0;
   const bool all_contiguous = (true && ... && (in.stride == 1));
   if (out.stride == 1 && all_contiguous) {
+    for (; i + 4 * lanes <= n; i += 4 * lanes) {
+      const Vec a = f(load(in.p + i)...), b = f(load(in.p + i + lanes)...), c = f(load(in.p + i + 2 * lanes)...), d = f(load(in.p + i + 3 * lanes)...);
+      store(a, out.p + i), store(b, out.p + i + lanes), store(c, out.p + i + 2 * lanes), store(d, out.p + i + 3 * lanes);
+    }
     for (; i + lanes <= n; i += lanes) store(f(load(in.p + i)...), out.p + i);
   } else if (out.stride == 1) {
     for (; i + lanes <= n; i += lanes) store(f(load_strided(in.p + i * in.stride, in.stride)...), out.p + i);

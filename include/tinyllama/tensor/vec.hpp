@@ -4,7 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include <hwy/highway.h>
+#include "tinyllama/kernels/cpu/highway-inl.h"
 
 #include "tinyllama/kernels/cpu/math-inl.h"
 #include "tinyllama/tensor/dtype.hpp"

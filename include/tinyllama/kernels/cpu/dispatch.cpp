@@ -2,8 +2,8 @@
 // The CMake target tinyllama::tinyllama adds it to each program; without CMake, compile it beside yours and define TINYLLAMA_DISPATCH in both.
 
 #define TINYLLAMA_DISPATCH_UNIT
-// What lacks SSE4.1 is older than 2008; SVE's vectors cannot be members or elements.
-#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
+// What lacks SSE4.1 is older than 2008; AVX3_DL: see highway-inl.h; SVE's vectors cannot be members or elements.
+#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_AVX3_DL | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "tinyllama/kernels/cpu/table-inl.h"

@@ -4,7 +4,7 @@
 #ifndef TINYLLAMA_ISA_INL_H_
 #define TINYLLAMA_ISA_INL_H_
 
-#include <hwy/highway.h>
+#include "tinyllama/kernels/cpu/highway-inl.h"
 
 #include "tinyllama/kernels/cpu/math-inl.h"
 #include "tinyllama/kernels/kernels.hpp"

@@ -14,7 +14,7 @@
 
 #include <limits>
 
-#include "hwy/highway.h"
+#include "tinyllama/kernels/cpu/highway-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace tinyllama {

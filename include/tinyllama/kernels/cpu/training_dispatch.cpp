@@ -3,7 +3,7 @@
 
 #define TINYLLAMA_DISPATCH_UNIT
 // As in dispatch.cpp: the same tables, in the same order.
-#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
+#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_AVX3_DL | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "tinyllama/kernels/cpu/training_table-inl.h"
