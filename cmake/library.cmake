@@ -47,4 +47,14 @@ set(tinyllama_training_sources kernels/cpu/training_dispatch.cpp)
 tinyllama_interface_sources(tinyllama_tinyllama ${tinyllama_sources})
 tinyllama_interface_sources(tinyllama_training ${tinyllama_training_sources})
 
-# CUDA's place: tinyllama::cuda = headers + the CUDA runtime, behind an option TINYLLAMA_CUDA.
+# tinyllama::cuda: tinyllama::tinyllama and the CUDA device, for units of either language. The kernels are a .cu source that each program compiles once:
+# its project enables CUDA and has find_package(CUDAToolkit).
+add_library(tinyllama_cuda INTERFACE)
+add_library(tinyllama::cuda ALIAS tinyllama_cuda)
+set_target_properties(tinyllama_cuda PROPERTIES EXPORT_NAME cuda)
+target_link_libraries(tinyllama_cuda INTERFACE tinyllama_tinyllama CUDA::cudart_static CUDA::cublasLt)
+target_compile_definitions(tinyllama_cuda INTERFACE TINYLLAMA_CUDA)
+# CMake 3.25 does not know nvcc's C++20.
+target_compile_options(tinyllama_cuda INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20>)
+set(tinyllama_cuda_sources device/cuda.cu generate/cuda_instances.cpp)
+tinyllama_interface_sources(tinyllama_cuda ${tinyllama_cuda_sources})

@@ -121,7 +121,6 @@ int main(int argc, char** argv) {
     struct sigaction action = {};
     action.sa_handler = [](int) { interrupted = true; };  // without SA_RESTART, so that reading a line ends too
     if (once.empty()) sigaction(SIGINT, &action, nullptr);
-    tl::Cpu dev({.threads = model.threads, .kernels = nullptr});
-    example::load_model(dev, tl::open_checkpoint(model.path), model, model.load(), [&](const auto& m) { chat(m, options, format, system, once); });
+    example::with_model(tl::open_checkpoint(model.path), model, model.load(), [&](const auto& m) { chat(m, options, format, system, once); });
   });
 }

@@ -17,9 +17,10 @@ double seconds(Clock::time_point from, Clock::time_point to) { return std::chron
 
 void run(const example::ModelOptions& m, const std::string& prompt, tl::GenerateOptions options, bool json) {
   const std::size_t before = example::status_bytes("VmRSS");
-  tl::Cpu dev({.threads = m.threads, .kernels = nullptr});
   const tl::Checkpoint file = tl::open_checkpoint(m.path);
-  example::load_model(dev, file, m, m.load(json), [&](const auto& model) {
+  example::with_model(file, m, m.load(json), [&](const auto& model) {
+    const auto& dev = model.device();
+    using Device = std::remove_cvref_t<decltype(dev)>;
     auto session = model.start();
     if (!json) options.progress = example::progress("reading the prompt");
     auto generation = tl::generate(session, prompt, options);
@@ -47,7 +48,7 @@ void run(const example::ModelOptions& m, const std::string& prompt, tl::Generate
       return;
     }
     // What the library plans, and what this process held before it: the program, its libraries, their heap.
-    const auto plan = tl::memory_plan(file, {.tokens = session.cache().context() < session.length() + options.max_tokens
+    const auto plan = tl::memory_plan<Device>(file, {.tokens = session.cache().context() < session.length() + options.max_tokens
                                                             ? session.cache().context()
                                                             : static_cast<tl::index_t>(prompt_tokens) + options.max_tokens,
                                              .chunk = std::min<tl::index_t>(options.chunk, std::max<tl::index_t>(1, static_cast<tl::index_t>(prompt_tokens))),
@@ -61,8 +62,9 @@ void run(const example::ModelOptions& m, const std::string& prompt, tl::Generate
                           {"peak_bytes", example::status_bytes("VmHWM")},
                           {"planned_bytes", plan.total() + before},
                           {"finish", tl::name(finish)},
-                          {"instruction_set", dev.instruction_set()},
-                          {"threads", dev.threads()}};
+                          {"device", m.device}};
+    if constexpr (Device::host_memory) out["instruction_set"] = dev.instruction_set(), out["threads"] = dev.threads();
+    else out["card"] = dev.name();
     if (options.log_probabilities >= 0) out["log_probabilities"] = log_probabilities;
     std::cout << out.dump() << std::endl;
   });

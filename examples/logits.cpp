@@ -23,10 +23,9 @@ int main(int argc, char** argv) {
   app.add_option("--chunk", chunk, "tokens of a prefill step")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_flag("--step", step, "token by token through the cache");
   return example::run_main(argc, argv, app, [&] {
-    tl::Cpu dev({.threads = model.threads, .kernels = nullptr});
     tl::LoadOptions load = model.load();
     load.tokenizer = false;
-    example::load_model(dev, tl::open_checkpoint(model.path), model, load, [&](const auto& m) {
+    example::with_model(tl::open_checkpoint(model.path), model, load, [&](const auto& m) {
       auto session = m.start();
       const std::size_t T = ids.size(), V = static_cast<std::size_t>(m.config().vocab), n = step ? 1 : static_cast<std::size_t>(chunk);
       std::vector<float> all;

@@ -1,7 +1,11 @@
 // Command-line options that several of the programs take.
 #pragma once
 
+#if defined(TINYLLAMA_CUDA)
+#include <tinyllama/cuda.hpp>
+#else
 #include <tinyllama/tinyllama.hpp>
+#endif
 #include <tinyllama/train/adapted.hpp>
 
 #include <string>
@@ -11,10 +15,15 @@
 namespace example {
 
 struct ModelOptions {
-  std::string path, adapter, packed, compute = "auto", cache = "f16";
+  std::string path, adapter, packed, compute = "auto", cache = "f16", device = "cpu";
   int threads = 0;
 
   void add_to(CLI::App& app) {
+#if defined(TINYLLAMA_CUDA)
+    app.add_option("--device", device, "where it runs: cpu, cuda (bf16 between products), or cuda_f32")->check(CLI::IsMember({"cpu", "cuda", "cuda_f32"}));
+#else
+    app.add_option("--device", device, "where it runs: cpu (this program was built without CUDA)")->check(CLI::IsMember({"cpu"}));
+#endif
     app.add_option("--model", path, "a GGUF file or a folder in Hugging Face layout")->required();
     app.add_option("--adapter", adapter, "a folder of LoRA adapters in PEFT's layout, added to the model");
     app.add_option("--packed", packed, "a file that keeps the packed weights: written at the first start, mapped at the next");
@@ -32,11 +41,31 @@ struct ModelOptions {
   }
 };
 
-/// f(model): the preset that fits the file, or with adapters a model of any shape.
+namespace detail {
+template <class D, class F>
+void load_on(D& dev, const tinyllama::Checkpoint& file, const ModelOptions& m, const tinyllama::LoadOptions& options, F&& f) {
+  if (!m.adapter.empty()) f(tinyllama::load_adapted(dev, file, m.adapter, options));
+  else if constexpr (D::host_memory) tinyllama::load_any(dev, file, options, f);
+  else f(tinyllama::load<tinyllama::any_llama>(dev, file, options));
+}
+}  // namespace detail
+
+/// f(model) on the device that was asked for: on the CPU the preset that fits the file; with adapters, and on a card, whose kernels take sizes at run time, a
+/// model of any shape.
 template <class F>
-void load_model(tinyllama::Cpu& dev, const tinyllama::Checkpoint& file, const ModelOptions& m, const tinyllama::LoadOptions& options, F&& f) {
-  if (m.adapter.empty()) tinyllama::load_any(dev, file, options, f);
-  else f(tinyllama::load_adapted(dev, file, m.adapter, options));
+void with_model(const tinyllama::Checkpoint& file, const ModelOptions& m, const tinyllama::LoadOptions& options, F&& f) {
+  if (m.device == "cpu") {
+    tinyllama::Cpu dev({.threads = m.threads, .kernels = nullptr});
+    return detail::load_on(dev, file, m, options, f);
+  }
+#if defined(TINYLLAMA_CUDA)
+  if (m.device == "cuda_f32") {
+    tinyllama::CudaF32 dev;
+    return detail::load_on(dev, file, m, options, f);
+  }
+  tinyllama::Cuda dev;
+  detail::load_on(dev, file, m, options, f);
+#endif
 }
 
 inline void add_generate_options(CLI::App& app, tinyllama::GenerateOptions& o) {

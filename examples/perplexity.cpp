@@ -7,6 +7,7 @@
 #include <cmath>
 #include <fstream>
 #include <iterator>
+#include <optional>
 
 #include "common.hpp"
 #include "options.hpp"
@@ -38,7 +39,7 @@ double negative_log_probability(const float* logits, tl::index_t vocab, std::int
 
 /// Reads a chunk from its first token on; the losses of the tokens that positions context/2 .. context-2 predict. Only their logits are computed.
 template <class Session>
-void score(Session& session, std::span<const std::int32_t> chunk, std::vector<double>& losses) {
+void score(const tl::Cpu& cpu, Session& session, std::span<const std::int32_t> chunk, std::vector<double>& losses) {
   constexpr std::size_t step = 256;  // rows of logits at once
   const std::size_t first = chunk.size() / 2, last = chunk.size() - 1;
   session.truncate(0);
@@ -48,7 +49,7 @@ void score(Session& session, std::span<const std::int32_t> chunk, std::vector<do
     const auto logits = session.logits_of(part);
     const std::size_t known = losses.size();
     losses.resize(known + part.size());
-    session.model().device().parallel_for(static_cast<tl::index_t>(part.size()), 1, [&](tl::index_t begin, tl::index_t end) {
+    cpu.parallel_for(static_cast<tl::index_t>(part.size()), 1, [&](tl::index_t begin, tl::index_t end) {
       for (tl::index_t i = begin; i < end; ++i)
         losses[known + static_cast<std::size_t>(i)] = negative_log_probability(&logits(i, 0), logits.extent(1), chunk[at + static_cast<std::size_t>(i) + 1]);
     });
@@ -57,8 +58,12 @@ void score(Session& session, std::span<const std::int32_t> chunk, std::vector<do
 
 void run(const Options& o) {
   const std::string text = content(o.text);
-  tl::Cpu dev({.threads = o.model.threads, .kernels = nullptr});
-  example::load_model(dev, tl::open_checkpoint(o.model.path), o.model, o.model.load(o.json), [&](const auto& model) {
+  example::with_model(tl::open_checkpoint(o.model.path), o.model, o.model.load(o.json), [&](const auto& model) {
+    std::optional<tl::Cpu> own;  // threads for what is not the model's business
+    const tl::Cpu& cpu = [&]() -> const tl::Cpu& {
+      if constexpr (requires(const tl::Cpu*& c) { c = &model.device(); }) return model.device();
+      else return own.emplace(tl::Cpu::Options{.threads = o.model.threads});
+    }();
     const tl::Tokenizer& tokenizer = model.tokenizer();
     const bool bos = tokenizer.vocabulary().add_bos && tokenizer.bos() >= 0;
     std::vector<std::int32_t> ids = tokenizer.encode(text, {.bos = bos});
@@ -72,7 +77,7 @@ void run(const Options& o) {
     for (std::size_t i = 0; i < chunks; ++i) {
       const auto chunk = std::span(ids).subspan(i * context, context);
       if (bos) chunk[0] = tokenizer.bos();  // in the place of the chunk's own first token
-      score(session, chunk, losses);
+      score(cpu, session, chunk, losses);
       if (progress) progress(i + 1, chunks);
     }
     const auto n = static_cast<double>(losses.size());

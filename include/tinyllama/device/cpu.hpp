@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <span>
@@ -33,7 +34,20 @@ class Cpu {
     const Kernels* kernels = nullptr;  ///< null: the best for this machine (or, with static dispatch, for the unit's flags)
   };
 
+  using activation = float;
   static constexpr bool host_memory = true;  // what it computes on may be a mapped file
+  static constexpr bool packed_embedding = false;
+  static constexpr int cache_order = 0;
+  static constexpr std::size_t packed_bytes(Format f, index_t rows, index_t columns) { return tinyllama::packed_bytes(f, rows, columns); }
+
+  /// A step's ids and sequences, as they are.
+  struct Batch {
+    std::span<const std::int32_t> ids;
+    std::span<const Sequence> sequences;
+    operator std::span<const std::int32_t>() const { return ids; }
+    operator std::span<const Sequence>() const { return sequences; }
+  };
+  struct Staging {};  // nothing needs to be copied to be read
 
   Cpu() : Cpu(Options()) {}
   // The default argument is evaluated in the caller's unit, so that static dispatch means that unit's flags.
@@ -61,6 +75,17 @@ class Cpu {
     return p;
   }
   void deallocate(std::byte* p) const noexcept { std::free(p); }
+
+  void upload(void* to, const void* from, std::size_t bytes) const { copy_bytes(to, from, bytes); }
+  void download(void* to, const void* from, std::size_t bytes) const { copy_bytes(to, from, bytes); }
+  void copy_bytes(void* to, const void* from, std::size_t bytes) const {
+    if (bytes) std::memcpy(to, from, bytes);
+  }
+  void zero(void* to, std::size_t bytes) const {
+    if (bytes) std::memset(to, 0, bytes);
+  }
+  template <class T, index_t... E>
+  View<const T, E...> host(View<T, E...> v, Staging&) const { return v; }
 
   /// f(begin, end) on disjoint ranges that cover [0, n), each but the last a multiple of `grain` long.
   template <class F>
@@ -90,6 +115,25 @@ class Cpu {
   }
 
   // ---- the operations of the concept Device -----------------------------------------------------------------------------------------
+
+  Batch batch(std::span<const std::int32_t> ids, std::span<const Sequence> sequences) const { return {ids, sequences}; }
+
+  /// cos and sin [T, head_dim / 2] of position * frequency for each row, in double: f32 angles are off by 1e-4 at position 2000.
+  void rope_angles(View<float, dyn, dyn> cos, View<float, dyn, dyn> sin, std::span<const double> frequencies, std::span<const Sequence> batch) const {
+    for (const Sequence& s : batch)
+      for (index_t t = 0; t < s.tokens; ++t)
+        for (std::size_t i = 0; i < frequencies.size(); ++i) {
+          const double angle = static_cast<double>(s.position + t) * frequencies[i];
+          cos(s.first_row + t, i) = static_cast<float>(std::cos(angle));
+          sin(s.first_row + t, i) = static_cast<float>(std::sin(angle));
+        }
+  }
+
+  /// out [sequences, n] = the last row of each sequence of x [T, n].
+  void last_rows(View<float, dyn, dyn> out, View<const float, dyn, dyn> x, std::span<const Sequence> batch) const {
+    for (std::size_t s = 0; s < batch.size(); ++s)
+      std::copy_n(at(x, batch[s].first_row + batch[s].tokens - 1), x.extent(1), at(out, static_cast<index_t>(s)));
+  }
 
   /// out [T, hidden] = rows `ids` of the table [vocab, hidden].
   void embedding(View<float, dyn, dyn> out, const Matrix& table, std::span<const std::int32_t> ids) const {
@@ -173,9 +217,6 @@ class Cpu {
     return p;
   }
 
-  /// n floats from one place of the device's memory to another.
-  void copy(float* to, const float* from, index_t n) const { std::copy_n(from, n, to); }
-
   /// y [T, N] = x [T, K] w^T. Matrices in rows are packed as they are read, a few panels at a time: right, and slower than weights packed once.
   void matmul(View<float, dyn, dyn> y, View<const float, dyn, dyn> x, const Linear& w);
 
@@ -202,6 +243,10 @@ class Cpu {
   static constexpr std::size_t attention_scratch(const CacheShape& shape, index_t heads, index_t rows_of_split_sequences, index_t longest) {
     const index_t parts = (longest + split_positions - 1) / split_positions;
     return static_cast<std::size_t>(rows_of_split_sequences * heads * parts * (head_stride(shape.head_dim) + 2)) * sizeof(float) + 64;
+  }
+  /// Of a step of `rows` tokens of a model whose widest row has `columns` values, `split_rows` of them decoding at up to `longest` positions.
+  static constexpr std::size_t step_scratch(const CacheShape& shape, index_t heads, index_t columns, index_t rows, index_t split_rows, index_t longest) {
+    return std::max(matmul_scratch(rows, columns), split_rows ? attention_scratch(shape, heads, split_rows, longest) : 0);
   }
 
  private:

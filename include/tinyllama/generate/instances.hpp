@@ -5,29 +5,29 @@
 #include "tinyllama/generate/generate.hpp"
 #include "tinyllama/model/load.hpp"
 
+// HOW is `template` or `extern template`.
+#define TINYLLAMA_INSTANCES(HOW, C, D)                                                                                                           \
+  HOW Model<C, D> load<C, D>(D&, const Checkpoint&, const LoadOptions&);                                                                         \
+  HOW void forward<C, D, NoObserver&>(const Weights<C, D>&, std::span<const std::int32_t>, std::span<const Sequence>, Workspace<C, D>&, Logits,  \
+                                      NoObserver&);                                                                                              \
+  HOW void forward<C, D, NoObserver>(const Weights<C, D>&, std::span<const std::int32_t>, std::span<const Sequence>, Workspace<C, D>&, Logits,   \
+                                     NoObserver&&);                                                                                              \
+  HOW class Session<C, D>;                                                                                                                       \
+  HOW class Generation<C, D>;                                                                                                                    \
+  HOW Generation<C, D> generate<C, D>(Session<C, D>&, std::vector<std::int32_t>, GenerateOptions);                                               \
+  HOW Generation<C, D> generate<C, D>(Session<C, D>&, std::string_view, GenerateOptions);
+
 #if defined(TINYLLAMA_DISPATCH)
 #if defined(TINYLLAMA_INSTANCES_UNIT)
-#define TINYLLAMA_INSTANCE template
+#define TINYLLAMA_CPU_INSTANCES(C) TINYLLAMA_INSTANCES(template, C, Cpu)
 #else
-#define TINYLLAMA_INSTANCE extern template
+#define TINYLLAMA_CPU_INSTANCES(C) TINYLLAMA_INSTANCES(extern template, C, Cpu)
 #endif
 
-#define TINYLLAMA_INSTANCES(C)                                                                                                                  \
-  TINYLLAMA_INSTANCE Model<C, Cpu> load<C, Cpu>(Cpu&, const Checkpoint&, const LoadOptions&);                                                   \
-  TINYLLAMA_INSTANCE void forward<C, Cpu, NoObserver&>(const Weights<C, Cpu>&, std::span<const std::int32_t>, std::span<const Sequence>,        \
-                                                       Workspace<C, Cpu>&, Logits, NoObserver&);                                                \
-  TINYLLAMA_INSTANCE void forward<C, Cpu, NoObserver>(const Weights<C, Cpu>&, std::span<const std::int32_t>, std::span<const Sequence>,         \
-                                                      Workspace<C, Cpu>&, Logits, NoObserver&&);                                                \
-  TINYLLAMA_INSTANCE class Session<C, Cpu>;                                                                                                     \
-  TINYLLAMA_INSTANCE class Generation<C, Cpu>;                                                                                                  \
-  TINYLLAMA_INSTANCE Generation<C, Cpu> generate<C, Cpu>(Session<C, Cpu>&, std::vector<std::int32_t>, GenerateOptions);                         \
-  TINYLLAMA_INSTANCE Generation<C, Cpu> generate<C, Cpu>(Session<C, Cpu>&, std::string_view, GenerateOptions);
-
 namespace tinyllama {
-TINYLLAMA_INSTANCES(any_llama)
-TINYLLAMA_PRESETS(TINYLLAMA_INSTANCES, TINYLLAMA_INSTANCES)
+TINYLLAMA_CPU_INSTANCES(any_llama)
+TINYLLAMA_PRESETS(TINYLLAMA_CPU_INSTANCES, TINYLLAMA_CPU_INSTANCES)
 }  // namespace tinyllama
 
-#undef TINYLLAMA_INSTANCE
-#undef TINYLLAMA_INSTANCES
+#undef TINYLLAMA_CPU_INSTANCES
 #endif

@@ -99,11 +99,10 @@ inline void group_codes(const Block<F>& b, int g, std::uint32_t (&w)[8]) {
 template <int Bits>
 inline void put_codes(std::byte* codes, int r, const std::uint32_t (&w)[8]) {
   const auto to = [&](int word, std::uint32_t v) { put(codes, word * 16 + r, v); };
-  if constexpr (Bits == 8) {
+  if constexpr (Bits == 8)
     for (int j = 0; j < 8; ++j) to(j, w[j]);
-    return;
-  }
-  for (int j = 0; j < 4; ++j) to(j, (w[j] & 0x0f0f0f0fu) | (w[j + 4] & 0x0f0f0f0fu) << 4);
+  else
+    for (int j = 0; j < 4; ++j) to(j, (w[j] & 0x0f0f0f0fu) | (w[j + 4] & 0x0f0f0f0fu) << 4);
   if constexpr (Bits == 5) {
     std::uint32_t high = 0;
     for (int j = 0; j < 8; ++j) high |= ((w[j] >> 4) & 0x01010101u) << j;

@@ -6,9 +6,6 @@
 // Each half leaves what it adds where its sum will be; the norm that reads the sum adds the rest on its way, which saves a pass.
 #pragma once
 
-#include <cmath>
-#include <span>
-
 #include "tinyllama/config/config.hpp"
 #include "tinyllama/device/operations.hpp"
 
@@ -25,22 +22,23 @@ struct Layer {
   W down;                            // [hidden, ffn]
 };
 
-/// Where a block finds and leaves its activations. In inference all blocks share them, and out takes the place of x.
-template <Config C>
+/// Where a block finds and leaves its activations, whose elements between products are A's. In inference all blocks share them, and out takes
+/// the place of x.
+template <Config C, class A = float>
 struct BlockActivations {
   using X = extents<C>;
   View<float, dyn, X::hidden> x;         // [T, hidden], complete
-  View<float, dyn, X::hidden> normed;    // [T, hidden]: n
-  View<float, dyn, X::qkv> qkv;          // [T, (heads + 2 kv_heads) head_dim], rotated
-  View<float, dyn, X::hidden> attended;  // [T, hidden]
+  View<A, dyn, X::hidden> normed;        // [T, hidden]: n
+  View<A, dyn, X::qkv> qkv;              // [T, (heads + 2 kv_heads) head_dim], rotated
+  View<A, dyn, X::hidden> attended;      // [T, hidden]
   View<float, dyn, X::hidden> mid;       // [T, hidden]
-  View<float, dyn, X::hidden> ffn_normed;// [T, hidden]: m
-  View<float, dyn, X::gate_up> gate_up;  // [T, 2 ffn]
-  View<float, dyn, X::ffn> gated;        // [T, ffn]
+  View<A, dyn, X::hidden> ffn_normed;    // [T, hidden]: m
+  View<A, dyn, X::gate_up> gate_up;      // [T, 2 ffn]
+  View<A, dyn, X::ffn> gated;            // [T, ffn]
   View<float, dyn, X::hidden> out;       // [T, hidden], without mid until the next norm
 
-  View<float, dyn, dyn> gate() const { return columns(gate_up, 0, gated.extent(1)); }
-  View<float, dyn, dyn> up() const { return columns(gate_up, gated.extent(1), 2 * gated.extent(1)); }
+  View<A, dyn, dyn> gate() const { return columns(gate_up, 0, gated.extent(1)); }
+  View<A, dyn, dyn> up() const { return columns(gate_up, gated.extent(1), 2 * gated.extent(1)); }
 };
 
 /// cos and sin [T, head_dim / 2] of each row's position, and which rows they turn.
@@ -50,30 +48,17 @@ struct RopeAngles {
 };
 
 namespace detail {
-/// cos and sin of position * frequency for each row, in double: f32 angles are off by 1e-4 at position 2000.
-inline void rope_angles(std::span<const double> frequencies, std::span<const Sequence> batch, View<float, dyn, dyn> cos, View<float, dyn, dyn> sin) {
-  for (const Sequence& s : batch)
-    for (index_t t = 0; t < s.tokens; ++t)
-      for (std::size_t i = 0; i < frequencies.size(); ++i) {
-        const double angle = static_cast<double>(s.position + t) * frequencies[i];
-        cos(s.first_row + t, i) = static_cast<float>(std::cos(angle));
-        sin(s.first_row + t, i) = static_cast<float>(std::sin(angle));
-      }
-}
-
-/// Queries and keys of qkv, turned by the angles (backward: by their opposites).
+/// Queries and keys of qkv, which lie side by side, turned by the angles (backward: by their opposites).
 template <Config C, Device D, class V>
 void rope_queries_and_keys(D& dev, const C& c, V qkv, const RopeAngles& r) {
-  const index_t q = c.hidden, kv = static_cast<index_t>(c.kv_heads) * head_dim(c);
-  rope(dev, columns(qkv, 0, q), r.cos, r.sin, r.layout);
-  rope(dev, columns(qkv, q, q + kv), r.cos, r.sin, r.layout);
+  rope(dev, columns(qkv, 0, c.hidden + static_cast<index_t>(c.kv_heads) * head_dim(c)), r.cos, r.sin, r.layout);
 }
 }  // namespace detail
 
 /// a.x and a.normed are there; everything else of `a` is computed. `attend(attended, qkv)` is attention over a cache, or over the batch itself.
 /// Without `output` the block stops before its last product: what backward needs to have again.
-template <Config C, Device D, class W, class Attend>
-void block_forward(D& dev, const C& c, const Layer<W>& w, const BlockActivations<C>& a, const RopeAngles& angles, Attend&& attend, bool output = true) {
+template <Config C, Device D, class W, class A, class Attend>
+void block_forward(D& dev, const C& c, const Layer<W>& w, const BlockActivations<C, A>& a, const RopeAngles& angles, Attend&& attend, bool output = true) {
   matmul(dev, a.qkv, a.normed, w.qkv);
   detail::rope_queries_and_keys(dev, c, a.qkv, angles);
   attend(a.attended, a.qkv);

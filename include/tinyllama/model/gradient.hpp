@@ -70,7 +70,8 @@ class TrainingPass {
     const C& c = w.config;
     D& dev = *dev_;
     turn(w, batch);
-    dev.embedding(blocks_.front().x, Matrix{Format::f32, false, w.embedding.rows, w.embedding.columns, reinterpret_cast<const std::byte*>(w.embedding.value)}, ids);
+    dev.embedding(blocks_.front().x, Matrix{Format::f32, false, w.embedding.rows, w.embedding.columns, reinterpret_cast<const std::byte*>(w.embedding.value)},
+                  dev.batch(ids, batch));
     for (std::size_t l = 0; l < blocks_.size(); ++l) {
       const BlockActivations<C>& a = blocks_[l];
       if (l == 0) dev.rmsnorm(a.normed, a.x, w.layers[l].attn_norm, c.norm_eps);
@@ -156,7 +157,7 @@ class TrainingPass {
     const auto same = [](const Sequence& a, const Sequence& b) { return a.first_row == b.first_row && a.tokens == b.tokens && a.position == b.position; };
     if (std::equal(batch.begin(), batch.end(), sequences_.begin(), sequences_.end(), same)) return;
     const TrainingBuffers<C>& b = *buffers_;
-    detail::rope_angles(w.frequencies, batch, b.cos, b.sin);
+    dev_->rope_angles(b.cos, b.sin, w.frequencies, dev_->batch({}, batch));
     for (index_t i = 0; i < b.sin.size(); ++i) b.opposite_sin.data()[i] = -b.sin.data()[i];
     sequences_.assign(batch.begin(), batch.end());
   }

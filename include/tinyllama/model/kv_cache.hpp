@@ -47,7 +47,7 @@ class KvCache {
       auto& page = pages_[static_cast<std::size_t>(p)];
       if (page.use_count() == 1) continue;
       auto own = std::make_shared<Memory<D>>(*dev_, static_cast<std::size_t>(shape_.page_bytes()));
-      std::memcpy(own->data(), page->data(), own->bytes());
+      dev_->copy_bytes(own->data(), page->data(), own->bytes());
       page = own;
       base_[static_cast<std::size_t>(p)] = own->data();
     }
@@ -63,8 +63,9 @@ class KvCache {
     write_file_atomically(path, [&](FileWriter& out) {
       const Header h = header(extra.size());
       out.write(std::as_bytes(std::span(&h, 1)));
+      typename D::Staging staging;
       for (index_t p = 0; p * page_tokens < length_; ++p)
-        out.write(std::span<const std::byte>(base_[static_cast<std::size_t>(p)], static_cast<std::size_t>(shape_.page_bytes())));
+        out.write(dev_->host(View<const std::byte, dyn>(base_[static_cast<std::size_t>(p)], {shape_.page_bytes()}), staging).span());
       out.write(extra);
     });
   }
@@ -85,7 +86,7 @@ class KvCache {
     if (h.extra < 0 || bytes.size() != expected) throw Error(path.string(), "size", std::to_string(expected) + " bytes", std::to_string(bytes.size()));
     KvCache fresh(*dev_, shape_, context_);
     fresh.reserve(h.length);
-    for (std::size_t p = 0; p < count; ++p) std::memcpy(fresh.base_[p], bytes.data() + sizeof h + p * size, size);
+    for (std::size_t p = 0; p < count; ++p) dev_->upload(fresh.base_[p], bytes.data() + sizeof h + p * size, size);
     fresh.length_ = h.length;
     *this = std::move(fresh);
     return {bytes.end() - static_cast<std::ptrdiff_t>(h.extra), bytes.end()};
@@ -99,13 +100,13 @@ class KvCache {
   };
   Header header(std::size_t extra = 0) const {
     return {{'t', 'l', 'k', 'v', '0', '0', '0', '1'},
-            {static_cast<std::int64_t>(shape_.format), shape_.layers, shape_.kv_heads, shape_.head_dim, page_tokens, 0}, length_,
+            {static_cast<std::int64_t>(shape_.format), shape_.layers, shape_.kv_heads, shape_.head_dim, page_tokens, D::cache_order}, length_,
             static_cast<std::int64_t>(extra)};
   }
   static std::string describe(const Header& h) {
     const bool known = h.shape[0] >= 0 && h.shape[0] < static_cast<std::int64_t>(formats.size());
     return (known ? std::string(name(static_cast<Format>(h.shape[0]))) : "format " + std::to_string(h.shape[0])) + ", " + std::to_string(h.shape[1]) + " layers, " +
-           std::to_string(h.shape[2]) + " KV heads of " + std::to_string(h.shape[3]) + ", pages of " + std::to_string(h.shape[4]);
+           std::to_string(h.shape[2]) + " KV heads of " + std::to_string(h.shape[3]) + ", pages of " + std::to_string(h.shape[4]) + (h.shape[5] == 0 ? "" : h.shape[5] == 1 ? ", in CUDA's order" : ", in an unknown order");
   }
   void add_page() {
     pages_.push_back(std::make_shared<Memory<D>>(*dev_, static_cast<std::size_t>(shape_.page_bytes())));

@@ -34,6 +34,7 @@ void forward(const Weights<C, D>& w, std::span<const std::int32_t> ids, std::spa
              Observer&& observer = {}) {
   using O = std::remove_reference_t<Observer>;
   using X = extents<C>;
+  using A = typename D::activation;
   D& dev = *w.device;
   const C& c = w.config;
   const auto T = static_cast<index_t>(ids.size()), S = static_cast<index_t>(batch.size());
@@ -41,23 +42,25 @@ void forward(const Weights<C, D>& w, std::span<const std::int32_t> ids, std::spa
   work.prepare(dev, c, T, want == Logits::none ? 0 : want == Logits::last ? S : T);
 
   const auto x = work.x(), n = work.normed(), y = work.projected();  // [T, hidden]
-  const BlockActivations<C> a{x, n, work.qkv(), work.attended(), y, n, work.gate_up(), work.gated(), x};
+  const BlockActivations<C, A> a{x, n, work.qkv(), work.attended(), y, n, work.gate_up(), work.gated(), x};
   const RopeAngles angles{work.cos(), work.sin(), w.rope};
-  const View<float, dyn, X::kv> k = columns(a.qkv, q_columns, q_columns + kv_columns);  // [T, kv_heads head_dim]
-  const View<float, dyn, X::kv> v = columns(a.qkv, q_columns + kv_columns, q_columns + 2 * kv_columns);
-  const View<float, dyn, X::q> q = columns(a.qkv, 0, q_columns);                        // [T, heads head_dim]
+  const View<A, dyn, X::kv> k = columns(a.qkv, q_columns, q_columns + kv_columns);  // [T, kv_heads head_dim]
+  const View<A, dyn, X::kv> v = columns(a.qkv, q_columns + kv_columns, q_columns + 2 * kv_columns);
+  const View<A, dyn, X::q> q = columns(a.qkv, 0, q_columns);                        // [T, heads head_dim]
 
-  detail::rope_angles(w.frequencies, batch, angles.cos, angles.sin);
-  dev.embedding(x, w.embedding, ids);
-  if constexpr (detail::observes_hidden<O>) observer.hidden(-1, x);
+  const typename D::Batch step = dev.batch(ids, batch);
+  [[maybe_unused]] typename D::Staging seen;  // what observers see
+  dev.rope_angles(angles.cos, angles.sin, w.frequencies, step);
+  dev.embedding(x, w.embedding, step);
+  if constexpr (detail::observes_hidden<O>) observer.hidden(-1, dev.host(View<const float, dyn, dyn>(x), seen));
 
   for (int l = 0; l < c.layers; ++l) {
     const LayerWeights& layer = w.layers[static_cast<std::size_t>(l)];
     if (l == 0 || detail::observes_hidden<O>) dev.rmsnorm(n, x, layer.attn_norm, c.norm_eps);
     else dev.add_rmsnorm(n, x, y, layer.attn_norm, c.norm_eps);
     block_forward(dev, c, layer, a, angles, [&](auto attended, auto) {
-      dev.store_kv(k, v, w.cache, l, batch);
-      dev.attention(attended, q, w.cache, l, batch);
+      dev.store_kv(k, v, w.cache, l, step);
+      dev.attention(attended, q, w.cache, l, step);
       if constexpr (detail::observes_attention<O>)
         for (const Sequence& s : batch) {
           const auto p = dev.attention_probabilities(q, w.cache, l, s);  // owned, [heads, tokens, position + tokens]
@@ -66,7 +69,7 @@ void forward(const Weights<C, D>& w, std::span<const std::int32_t> ids, std::spa
     });
     if constexpr (detail::observes_hidden<O>) {
       dev.add(x, y);
-      observer.hidden(l, x);
+      observer.hidden(l, dev.host(View<const float, dyn, dyn>(x), seen));
     }
   }
 
@@ -74,10 +77,7 @@ void forward(const Weights<C, D>& w, std::span<const std::int32_t> ids, std::spa
   if constexpr (detail::observes_hidden<O>) dev.rmsnorm(n, x, w.final_norm, c.norm_eps);
   else dev.add_rmsnorm(n, x, y, w.final_norm, c.norm_eps);
   if (want == Logits::all) return matmul(dev, work.logits(), n, w.head);
-  for (index_t s = 0; s < S; ++s) {
-    const Sequence& seq = batch[static_cast<std::size_t>(s)];
-    dev.copy(row(work.selected(), s).data(), row(n, seq.first_row + seq.tokens - 1).data(), c.hidden);
-  }
+  dev.last_rows(work.selected(), n, step);
   matmul(dev, work.logits(), work.selected(), w.head);
 }
 

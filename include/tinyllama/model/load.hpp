@@ -46,8 +46,9 @@ void load_any(D& dev, const Checkpoint& file, const LoadOptions& options, F&& f)
 }
 
 /// The plan of this very file: the formats of its tensors.
-inline MemoryPlan memory_plan(const Checkpoint& file, const PlanOptions& options) {
-  return memory_plan(file.config, options, [&](const Parameter& p) { return file.tensor(p).format; });
+template <class D = Cpu>
+MemoryPlan memory_plan(const Checkpoint& file, const PlanOptions& options) {
+  return memory_plan<D>(file.config, options, [&](const Parameter& p) { return file.tensor(p).format; });
 }
 
 }  // namespace tinyllama

@@ -18,7 +18,7 @@ struct PlanOptions {
   index_t logits_rows = 1;           ///< rows of logits kept of a step, for each sequence
 };
 
-/// In bytes.
+/// In bytes of the device's memory.
 struct MemoryPlan {
   std::size_t weights = 0, cache = 0, activations = 0;
   constexpr std::size_t total() const { return weights + cache + activations; }
@@ -26,7 +26,7 @@ struct MemoryPlan {
 
 constexpr std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-/// The activations of one step, the one list: f(Activation, rows, columns). `rows` tokens, `logits` rows of logits. All f32.
+/// The activations of one step, the one list: f(Activation, rows, columns). `rows` tokens, `logits` rows of logits.
 enum class Activation : std::uint8_t { residual, normed, projected, qkv, attended, gate_up, gated, cos, sin, selected, logits };
 template <Config C, class F>
 constexpr void for_each_activation(const C& c, index_t rows, index_t logits, F&& f) {
@@ -44,46 +44,60 @@ constexpr void for_each_activation(const C& c, index_t rows, index_t logits, F&&
   f(Activation::logits, logits, index_t{c.vocab});
 }
 
-template <Config C>
+/// Bytes of an element: what products read and write inside a block is the device's D::activation, the rest float.
+template <class D>
+constexpr std::size_t element_bytes(Activation a) {
+  switch (a) {
+    case Activation::normed: case Activation::qkv: case Activation::attended: case Activation::gate_up: case Activation::gated: case Activation::selected:
+      return sizeof(typename D::activation);
+    default: return sizeof(float);
+  }
+}
+
+template <class D = Cpu, Config C>
 constexpr std::size_t activation_bytes(const C& c, index_t rows, index_t logits) {
   std::size_t bytes = 0;
-  for_each_activation(c, rows, logits, [&](Activation, index_t r, index_t n) { bytes += aligned(static_cast<std::size_t>(r * n) * sizeof(float)); });
+  for_each_activation(c, rows, logits, [&](Activation a, index_t r, index_t n) { bytes += aligned(static_cast<std::size_t>(r * n) * element_bytes<D>(a)); });
   return bytes;
 }
 
-/// Bytes of one tensor as the model keeps it: gains f32, an untied embedding in rows, matrices packed.
+/// Whether a tensor is kept in the order that the device's matmul reads. An untied embedding is only looked up: the CPU keeps it as in the file.
+template <class D = Cpu>
+constexpr bool packs(const Parameter& p, bool tied) { return p.role != Role::gain && (p.role != Role::embedding || tied || D::packed_embedding); }
+
+/// Bytes of one tensor as the model keeps it: gains f32, matrices packed.
+template <class D = Cpu>
 constexpr std::size_t stored_bytes(const Parameter& p, Format f, bool tied) {
   if (p.role == Role::gain) return aligned(static_cast<std::size_t>(p.columns) * sizeof(float));
-  if (p.role == Role::embedding && !tied) return aligned(static_cast<std::size_t>(p.rows) * row_bytes(f, p.columns));
-  return aligned(packed_bytes(f, p.rows, p.columns));
+  return aligned(packs<D>(p, tied) ? D::packed_bytes(f, p.rows, p.columns) : static_cast<std::size_t>(p.rows) * row_bytes(f, p.columns));
 }
 
 template <Config C>
 constexpr CacheShape cache_shape(const C& c, Format f) { return {f, c.layers, c.kv_heads, head_dim(c)}; }
 
 /// Scratch of the device for one step of `rows` tokens.
-template <Config C>
+template <class D = Cpu, Config C>
 constexpr std::size_t step_scratch(const C& c, const CacheShape& cache, index_t rows, index_t split_rows, index_t length) {
-  return std::max(Cpu::matmul_scratch(rows, std::max(c.ffn, c.hidden)), split_rows ? Cpu::attention_scratch(cache, c.heads, split_rows, length) : 0);
+  return D::step_scratch(cache, c.heads, std::max(c.ffn, c.hidden), rows, split_rows, length);
 }
 
 /// The plan, with the format of each tensor given by `format_of(const Parameter&)`, as files may mix them.
-template <Config C, class F>
+template <class D = Cpu, Config C, class F>
 constexpr MemoryPlan memory_plan(const C& c, const PlanOptions& o, F&& format_of) {
   MemoryPlan plan;
-  for_each_parameter(c, [&](const Parameter& p) { plan.weights += stored_bytes(p, format_of(p), c.tied); });
+  for_each_parameter(c, [&](const Parameter& p) { plan.weights += stored_bytes<D>(p, format_of(p), c.tied); });
   const CacheShape cache = cache_shape(c, o.cache);
   plan.cache = static_cast<std::size_t>(o.batch * ((o.tokens + page_tokens - 1) / page_tokens)) * aligned(static_cast<std::size_t>(cache.page_bytes()));
   const index_t rows = std::max(o.batch, std::min(o.chunk, o.tokens));
-  plan.activations = activation_bytes(c, rows, o.batch * o.logits_rows) + step_scratch(c, cache, rows, o.batch, o.tokens);
+  plan.activations = activation_bytes<D>(c, rows, o.batch * o.logits_rows) + step_scratch<D>(c, cache, rows, o.batch, o.tokens);
   return plan;
 }
-template <Config C>
+template <class D = Cpu, Config C>
 constexpr MemoryPlan memory_plan(const C& c, const PlanOptions& o) {
-  return memory_plan(c, o, [&](const Parameter& p) { return p.columns % info(o.weights).block == 0 ? o.weights : Format::f16; });
+  return memory_plan<D>(c, o, [&](const Parameter& p) { return p.columns % info(o.weights).block == 0 ? o.weights : Format::f16; });
 }
-template <StaticConfig C>
-constexpr MemoryPlan memory_plan(const PlanOptions& o = {}) { return memory_plan(C{}, o); }
+template <StaticConfig C, class D = Cpu>
+constexpr MemoryPlan memory_plan(const PlanOptions& o = {}) { return memory_plan<D>(C{}, o); }
 
 static_assert(memory_plan<tinyllama_1b>({.tokens = 64, .weights = Format::bf16}).cache == 64 * 22'528);  // 22,528 bytes a token at 16 bits
 static_assert(memory_plan<tinyllama_1b>({.weights = Format::bf16}).weights == std::size_t{2} * 1'100'048'384 + 2 * 45 * 2048);  // the 45 gains are f32

@@ -104,7 +104,7 @@ class Session {
     tokens_.reserve(static_cast<std::size_t>(tokens));
     logits_.reserve(static_cast<std::size_t>(c.vocab));
     work_->prepare(model_.device(), c, rows, 1);
-    model_.device().reserve_scratch(step_scratch(c, cache_.shape(), rows, 1, tokens));
+    model_.device().reserve_scratch(step_scratch<D>(c, cache_.shape(), rows, 1, tokens));
   }
 
   /// Reads `ids` behind what is in the cache, in chunks. Returns the logits [vocab] behind the last of them (empty for Logits::none, for no
@@ -126,7 +126,7 @@ class Session {
       const bool last = done + n == total && options.logits != Logits::none;
       step(std::span<const std::int32_t>(tokens_).subspan(read + done, n), last ? Logits::last : Logits::none, NoObserver{});
       if (last) {
-        const auto l = work_->logits();
+        const auto l = work_->host_logits(model_.device());
         logits_.assign(l.data(), l.data() + l.size());
       }
       done += n;
@@ -146,7 +146,7 @@ class Session {
     cache_.reserve(cache_.length() + static_cast<index_t>(ids.size()));
     tokens_.insert(tokens_.end(), ids.begin(), ids.end());
     step(ids, Logits::all, observer);
-    const auto l = work_->logits();
+    const auto l = work_->host_logits(model_.device());
     if (l.extent(0) > 0) logits_.assign(&l(l.extent(0) - 1, 0), &l(l.extent(0) - 1, 0) + l.extent(1));
     return l;
   }
@@ -219,7 +219,7 @@ View<const float, dyn, extents<C>::vocab> prefill_batch(std::span<Session<C, D>*
   }
   Workspace<C, D>& work = *sessions[0]->work_;
   forward(sessions[0]->model_.weights(), std::span<const std::int32_t>(all), std::span<const Sequence>(batch), work, Logits::last);
-  const auto logits = work.logits();
+  const auto logits = work.host_logits(sessions[0]->model_.device());
   for (std::size_t i = 0; i < sessions.size(); ++i) {
     Session<C, D>& s = *sessions[i];
     s.cache_.advance(batch[i].tokens);

@@ -56,7 +56,7 @@ struct Weights {
   std::vector<double> frequencies;   // [head_dim / 2]
   Memory<D> memory;                  // empty where the weights are mapped
   std::optional<MappedFile> mapped;
-  std::span<const std::byte> bytes;  // all weights, in memory or mapped
+  std::span<const std::byte> bytes;  // all weights, in the device's memory or mapped
 
   /// Reads every tensor of `file`, a Checkpoint or what looks like one (path, rope, tensor(), release()), in slices, packs each and gives its
   /// pages back, so that the peak is this model and one slice.
@@ -72,7 +72,7 @@ struct Weights {
     w->layers.resize(static_cast<std::size_t>(config.layers));
     if (options.packed.empty()) {
       w->read(file, options);
-    } else if constexpr (requires { requires D::host_memory; }) {
+    } else if constexpr (D::host_memory) {
       const PackedHeader header = packed_header(config, file);
       if (!w->map(file, options.packed, header)) {
         w->read(file, options);
@@ -85,7 +85,7 @@ struct Weights {
     for_each_parameter(config, [&](const Parameter& p) {
       const StoredTensor t = file.tensor(p);
       w->place(p, t, at, compute);
-      at += stored_bytes(p, t.format, config.tied);
+      at += stored_bytes<D>(p, t.format, config.tied);
     });
     if (config.tied) w->head = Linear(w->embedding, compute);
     // Who multiplies by rounded weights or activations loses nothing more by keys and values of bf16.
@@ -98,22 +98,24 @@ struct Weights {
  private:
   static constexpr std::size_t slice_bytes = std::size_t{8} << 20;
 
-  // An untied embedding is looked up and never multiplied with: rows, as in the file.
-  bool packs(const Parameter& p) const { return p.role != Role::gain && (p.role != Role::embedding || config.tied); }
+  bool packs(const Parameter& p) const { return tinyllama::packs<D>(p, config.tied); }
 
-  /// Rows [first, first + n) of a tensor as the model keeps them, written to `to`; `first` is a multiple of panel_rows. Returns their bytes.
+  /// Rows [first, first + n) of a tensor as the model keeps them, written to `to` on the device; `first` is a multiple of panel_rows. Returns
+  /// their bytes.
   std::size_t store(const Parameter& p, const StoredTensor& t, index_t first, index_t n, std::byte* to) {
     if (p.role == Role::gain) {
-      decode_row(t.format, t.bytes.data(), reinterpret_cast<float*>(to), t.columns);
+      std::vector<float> gain(static_cast<std::size_t>(t.columns));
+      decode_row(t.format, t.bytes.data(), gain.data(), t.columns);
+      device->upload(to, gain.data(), gain.size() * sizeof(float));
       return static_cast<std::size_t>(t.columns) * sizeof(float);
     }
     const std::size_t row = row_bytes(t.format, t.columns), size = static_cast<std::size_t>(n) * row;
     const std::byte* from = t.bytes.data() + static_cast<std::size_t>(first) * row;
     if (packs(p)) {
       device->pack(to, {t.format, false, n, t.columns, from});
-      return packed_bytes(t.format, n, t.columns);
+      return D::packed_bytes(t.format, n, t.columns);
     }
-    std::memcpy(to, from, size);
+    device->upload(to, from, size);
     return size;
   }
 
@@ -123,7 +125,7 @@ struct Weights {
     std::size_t total = 0, stored = 0, done = 0;
     for_each_parameter(config, [&](const Parameter& p) {
       const StoredTensor t = file.tensor(p);
-      stored += stored_bytes(p, t.format, config.tied), total += t.bytes.size();
+      stored += stored_bytes<D>(p, t.format, config.tied), total += t.bytes.size();
     });
     memory = Memory<D>(*device, stored);
     bytes = {memory.data(), stored};
@@ -131,14 +133,15 @@ struct Weights {
     for_each_parameter(config, [&](const Parameter& p) {
       const StoredTensor t = file.tensor(p);
       const std::size_t row = row_bytes(t.format, t.columns);
-      std::byte* const end = at + stored_bytes(p, t.format, config.tied);
+      std::byte* const end = at + stored_bytes<D>(p, t.format, config.tied);
       const index_t step = std::max<index_t>(1, static_cast<index_t>(slice_bytes / row) / panel_rows) * panel_rows;  // whole panels
       for (index_t r = 0; r < t.rows; r += step) {
         const index_t n = std::min(step, t.rows - r);
         at += store(p, t, r, n, at);
         file.release(t.bytes.subspan(static_cast<std::size_t>(r) * row, static_cast<std::size_t>(n) * row));
       }
-      at = std::fill_n(at, end - at, std::byte{0});
+      device->zero(at, static_cast<std::size_t>(end - at));
+      at = end;
       if (options.progress) options.progress(done += t.bytes.size(), total);
     });
   }
@@ -159,10 +162,10 @@ struct Weights {
       fresh.resize(std::max({panel_bytes(t.format, t.columns), static_cast<std::size_t>(panel_rows) * row_bytes(t.format, t.columns),
                              static_cast<std::size_t>(t.columns) * sizeof(float)}));
       const std::size_t size = store(p, t, first, std::min(panel_rows, t.rows - first), fresh.data());
-      const std::size_t offset = packs(p) ? packed_bytes(t.format, first, t.columns) : static_cast<std::size_t>(first) * row_bytes(t.format, t.columns);
+      const std::size_t offset = packs(p) ? D::packed_bytes(t.format, first, t.columns) : static_cast<std::size_t>(first) * row_bytes(t.format, t.columns);
       same = same && std::memcmp(at + offset, fresh.data(), size) == 0;
       file.release(t.bytes);
-      at += stored_bytes(p, t.format, config.tied);
+      at += stored_bytes<D>(p, t.format, config.tied);
     });
     if (!same) mapped.reset(), bytes = {};
     return same;

@@ -20,7 +20,8 @@ Model<any_llama, D> load_adapted(D& dev, const Checkpoint& file, const std::file
   const LoadedAdapters loaded = load_adapters(adapters, file.config);
   std::vector<float> weights(static_cast<std::size_t>(parameter_count(file.config)));
   read_flat(file, weights);
-  merge_adapters(dev, file.config, loaded.options, weights, loaded.flat);
+  if constexpr (D::host_memory) merge_adapters(dev, file.config, loaded.options, weights, loaded.flat);
+  else merge_adapters(Cpu(), file.config, loaded.options, weights, loaded.flat);
   const FlatModel flat(file.config, weights);
   return Model<any_llama, D>(Weights<any_llama, D>::from(dev, file.config, FlatSource{flat}, options), options.tokenizer ? checkpoint_tokenizer(file) : std::nullopt);
 }

@@ -1,0 +1,208 @@
+// A card as a device: its memory, its stream, and each operation as kernels on it. Declared here for any compiler; the operations that launch kernels
+// are defined in cuda_operations.cuh, for nvcc.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "tinyllama/device/cuda_runtime.cuh"
+#include "tinyllama/device/cuda_upload.cuh"
+#include "tinyllama/device/operands.hpp"
+#include "tinyllama/device/operations.hpp"
+#include "tinyllama/kernels/cuda/attention_plan.hpp"
+#include "tinyllama/kernels/cuda/batch.hpp"
+#include "tinyllama/kernels/cuda/blas.cuh"
+#include "tinyllama/kernels/cuda/pack.cuh"
+
+namespace tinyllama {
+
+/// One card, one stream, activations of type A between products (bf16, or float for exactness). One thread at a time may call its operations, which return
+/// before their work is done; models and sessions refer to the device and must not outlive it. Any number of devices may share a card.
+template <class A>
+class CudaDevice {
+  static_assert(std::is_same_v<A, bf16> || std::is_same_v<A, float>);
+
+ public:
+  struct Options {
+    int card = 0;  ///< as the CUDA runtime numbers them
+  };
+  using activation = A;
+  static constexpr bool host_memory = false;
+  static constexpr bool packed_embedding = true;
+  static constexpr int cache_order = 1;
+  static constexpr std::size_t packed_bytes(Format f, index_t rows, index_t columns) { return cuda::packed_matrix_bytes(f, rows, columns); }
+
+  /// A step on the card; `sequences` are the caller's.
+  struct Batch : cuda::BatchView {
+    std::span<const Sequence> host_sequences;
+  };
+  using Staging = cuda::Pinned;
+
+  CudaDevice() : CudaDevice(Options()) {}
+  explicit CudaDevice(Options options) : card_(checked(options.card)), stream_(card_), pool_(card_), blas_(card_), batch_upload_(card_, pool_.get(), stream_.get()),
+                                        few_(card_, pool_.get(), stream_.get()), many_(card_, pool_.get(), stream_.get()), counters_(card_, pool_.get(), stream_.get()) {
+    cudaDeviceProp p;
+    cuda::check(cudaGetDeviceProperties(&p, card_), "cudaGetDeviceProperties");
+    name_ = p.name, multiprocessors_ = p.multiProcessorCount, capability_ = 10 * p.major + p.minor;
+    if (p.major < 8) throw Error("CUDA", name_, "compute capability 8.0 or more", std::to_string(p.major) + "." + std::to_string(p.minor));
+  }
+  CudaDevice(const CudaDevice&) = delete;
+  CudaDevice& operator=(const CudaDevice&) = delete;
+  ~CudaDevice() {
+    deallocate(scratch_);
+    cudaStreamSynchronize(stream_.get());
+  }
+
+  /// "NVIDIA H100 80GB HBM3"
+  const std::string& name() const { return name_; }
+  int card() const { return card_; }
+  int multiprocessors() const { return multiprocessors_; }
+  /// 90 for compute capability 9.0
+  int capability() const { return capability_; }
+  cudaStream_t stream() const { return stream_.get(); }
+  /// Waits for all that was asked for.
+  void synchronize() const { stream_.synchronize(); }
+
+  // ---- memory
+
+  /// At least `bytes`, 256-byte aligned, in the stream's order; kernels may read 32 bytes past them.
+  std::byte* allocate(std::size_t bytes) const {
+    const cuda::Current here(card_);
+    void* p = nullptr;
+    const cudaError_t e = cudaMallocFromPoolAsync(&p, std::max<std::size_t>(bytes, 1) + 32, pool_.get(), stream_.get());
+    if (e == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      std::size_t free = 0, total = 0;
+      cudaMemGetInfo(&free, &total);
+      throw Error("CUDA memory", name_, std::to_string(bytes) + " bytes", "out of memory (" + std::to_string(free) + " of " + std::to_string(total) + " free)");
+    }
+    cuda::check(e, "cudaMallocFromPoolAsync", std::to_string(bytes) + " bytes");
+    return static_cast<std::byte*>(p);
+  }
+  void deallocate(std::byte* p) const noexcept {
+    if (p) cudaFreeAsync(p, stream_.get());
+  }
+  void upload(void* to, const void* from, std::size_t bytes) const { copy(to, from, bytes, cudaMemcpyHostToDevice), synchronize(); }
+  void download(void* to, const void* from, std::size_t bytes) const { copy(to, from, bytes, cudaMemcpyDeviceToHost), synchronize(); }
+  void copy_bytes(void* to, const void* from, std::size_t bytes) const { copy(to, from, bytes, cudaMemcpyDeviceToDevice); }
+  void zero(void* to, std::size_t bytes) const {
+    const cuda::Current here(card_);
+    if (bytes) cuda::check(cudaMemsetAsync(to, 0, bytes, stream_.get()), "cudaMemsetAsync", std::to_string(bytes) + " bytes");
+  }
+  /// A copy in pinned memory, of contiguous elements; waits for the stream.
+  template <class T, index_t... E>
+  View<const T, E...> host(View<T, E...> v, Staging& staging) const {
+    const auto elements = v.span();
+    auto* to = reinterpret_cast<std::remove_const_t<T>*>(staging.reserve(std::max<std::size_t>(1, elements.size_bytes())));
+    download(to, elements.data(), elements.size_bytes());
+    return View<const T, E...>(to, v.shape());
+  }
+  /// At least `bytes` that an operation may use until the next one; grows on demand.
+  std::byte* scratch(std::size_t bytes) {
+    if (bytes > scratch_bytes_) {
+      deallocate(std::exchange(scratch_, nullptr));
+      scratch_bytes_ = 0;
+      scratch_ = allocate(bytes);
+      scratch_bytes_ = bytes;
+    }
+    return scratch_;
+  }
+  void reserve_scratch(std::size_t bytes) { scratch(bytes); }
+
+  static constexpr std::size_t blas_workspace = std::size_t{32} << 20;  // what NVIDIA recommends for Hopper
+  /// A matrix in another format than the activations' becomes one of theirs in scratch before a product of many rows, so many bytes at a time: they stay in
+  /// the second-level cache until the product reads them.
+  static constexpr std::size_t weights_scratch = std::size_t{32} << 20;
+  static constexpr std::size_t step_scratch(const CacheShape&, index_t, index_t columns, index_t rows, index_t, index_t) {
+    const auto quantised = static_cast<std::size_t>(std::min<index_t>(rows, few_rows)) * (static_cast<std::size_t>(columns) * 2 + 64);
+    return rows > few_rows ? blas_workspace + weights_scratch : quantised;
+  }
+  /// Up to so many rows a product reads each weight once and multiplies as it goes; above, tensor cores do it.
+  static constexpr index_t few_rows = 8;
+
+  /// Query rows of a KV head and sequence from which attention is prefill's on Hopper.
+  static constexpr index_t flash_rows = 64;
+
+  // ---- the operations of the concept Device
+
+  Matrix pack(std::byte* to, const Matrix& from) const;
+  Batch batch(std::span<const std::int32_t> ids, std::span<const Sequence> sequences);
+  void embedding(View<float, dyn, dyn> out, const Matrix& table, const Batch& batch);
+  void rope_angles(View<float, dyn, dyn> cos, View<float, dyn, dyn> sin, std::span<const double> frequencies, const Batch& batch);
+  void rmsnorm(View<A, dyn, dyn> out, View<const float, dyn, dyn> x, const float* gain, float eps);
+  void add_rmsnorm(View<A, dyn, dyn> out, View<float, dyn, dyn> x, View<const float, dyn, dyn> residual, const float* gain, float eps);
+  void add(View<float, dyn, dyn> x, View<const float, dyn, dyn> residual);
+  void rope(View<A, dyn, dyn> x, View<const float, dyn, dyn> cos, View<const float, dyn, dyn> sin, index_t heads, RopeLayout layout);
+  void store_kv(View<const A, dyn, dyn> k, View<const A, dyn, dyn> v, const CacheShape& shape, index_t layer, const Batch& batch);
+  void attention(View<A, dyn, dyn> out, View<const A, dyn, dyn> q, const CacheShape& shape, index_t layer, const Batch& batch);
+  /// Probabilities of attention [heads, tokens, position + tokens] of one sequence of the batch that came last, for observers.
+  std::vector<float> attention_probabilities(View<const A, dyn, dyn> q, const CacheShape& shape, index_t layer, const Sequence& s);
+  void last_rows(View<A, dyn, dyn> out, View<const A, dyn, dyn> x, const Batch& batch);
+  void swiglu(View<A, dyn, dyn> out, View<const A, dyn, dyn> gate, View<const A, dyn, dyn> up);
+  void softmax(View<float, dyn, dyn> out, View<const float, dyn, dyn> x, float scale = 1.0f);
+  void matmul(View<A, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w);
+  void matmul(View<float, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w)
+    requires(!std::is_same_v<A, float>);
+
+  // ---- beside the concept
+
+  /// ids [rows] = the first of the largest in each row of x [rows, n]; in the device's memory.
+  void argmax(std::int32_t* ids, View<const float, dyn, dyn> x);
+
+ private:
+  static int checked(int card) {
+    const int n = cuda::card_count();
+    if (card < 0 || card >= n) throw Error("CUDA", "card", n ? "0.." + std::to_string(n - 1) : "a card that the driver finds", n ? std::to_string(card) : "none");
+    return card;
+  }
+  void copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) const {
+    const cuda::Current here(card_);
+    if (bytes) cuda::check(cudaMemcpyAsync(to, from, bytes, kind, stream_.get()), "cudaMemcpyAsync", std::to_string(bytes) + " bytes");
+  }
+  /// A plan of attention, and its copy on the card.
+  struct PlanOnCard {
+    cuda::AttentionPlan plan;
+    cuda::Upload upload;
+    std::byte* on_card = nullptr;
+    PlanOnCard(int card, cudaMemPool_t pool, cudaStream_t stream) : upload(card, pool, stream) {}
+    void send(cuda::AttentionPlan p) {
+      plan = std::move(p);
+      if (plan.empty()) return;
+      const std::size_t items = plan.items.size() * sizeof(cuda::AttentionItem), first = plan.first.size() * sizeof(std::int32_t);
+      std::byte* const host = upload.begin(items + first);
+      std::memcpy(host, plan.items.data(), items), std::memcpy(host + items, plan.first.data(), first);
+      on_card = upload.send();
+    }
+    cuda::AttentionArgs<A, A> of(cuda::AttentionArgs<A, A> a) const {
+      a.items = reinterpret_cast<const cuda::AttentionItem*>(on_card), a.first = reinterpret_cast<const std::int32_t*>(on_card + plan.items.size() * sizeof(cuda::AttentionItem));
+      a.blocks = plan.empty() ? 0 : plan.blocks(), a.tile_rows = plan.tile_rows, a.parts = plan.parts;
+      return a;
+    }
+  };
+  template <class Y>
+  void product(View<Y, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w);
+
+  int card_;
+  cuda::Stream stream_;
+  cuda::Pool pool_;
+  cuda::BlasPlans blas_;
+  std::string name_;
+  int multiprocessors_ = 0, capability_ = 0;
+  std::byte* scratch_ = nullptr;
+  std::size_t scratch_bytes_ = 0;
+  cuda::Upload batch_upload_;
+  Batch last_;
+  PlanOnCard few_, many_;  // of the last batch, where attention was asked for: sequences of few and of many new rows
+  bool planned_ = false;
+  cuda::PoolMemory counters_;
+};
+
+using Cuda = CudaDevice<bf16>;
+using CudaF32 = CudaDevice<float>;
+
+}  // namespace tinyllama

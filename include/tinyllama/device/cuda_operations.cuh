@@ -1,0 +1,234 @@
+// The operations of CudaDevice as launches of kernels. For nvcc; units of other compilers link with one that has these (device/cuda.cu).
+#pragma once
+
+#include "tinyllama/device/cuda.cuh"
+#include "tinyllama/kernels/cuda/attention_launch.cuh"
+#include "tinyllama/kernels/cuda/attention_scores.cuh"
+#include "tinyllama/kernels/cuda/embedding.cuh"
+#include "tinyllama/kernels/cuda/matmul.cuh"
+#include "tinyllama/kernels/cuda/rmsnorm.cuh"
+#include "tinyllama/kernels/cuda/rope.cuh"
+#include "tinyllama/kernels/cuda/sample.cuh"
+#include "tinyllama/kernels/cuda/softmax.cuh"
+#include "tinyllama/kernels/cuda/swiglu.cuh"
+
+namespace tinyllama {
+
+template <class A>
+typename CudaDevice<A>::Batch CudaDevice<A>::batch(std::span<const std::int32_t> ids, std::span<const Sequence> sequences) {
+  std::size_t rows = ids.size(), pages = 0, known = 0;
+  for (const Sequence& s : sequences) {
+    known = std::max(known, static_cast<std::size_t>(s.first_row + s.tokens));
+    if (s.pages) pages += static_cast<std::size_t>((s.position + s.tokens + page_tokens - 1) / page_tokens);
+  }
+  rows = std::max(rows, known);
+  // One array: page table, sequences, ids, positions, page_first.
+  const std::size_t sequences_at = pages * sizeof(std::byte*), ids_at = sequences_at + sequences.size() * sizeof(cuda::BatchSequence);
+  const std::size_t bytes = ids_at + 3 * rows * sizeof(std::int32_t);
+  std::byte* const host = batch_upload_.begin(bytes);
+  auto** page = reinterpret_cast<std::byte**>(host);
+  auto* sequence = reinterpret_cast<cuda::BatchSequence*>(host + sequences_at);
+  auto *id = reinterpret_cast<std::int32_t*>(host + ids_at), *position = id + rows, *page_of = position + rows;
+  Batch b;
+  std::copy(ids.begin(), ids.end(), id);
+  std::int32_t first_page = 0;
+  for (const Sequence& s : sequences) {
+    *sequence++ = {static_cast<std::int32_t>(s.first_row), static_cast<std::int32_t>(s.tokens), static_cast<std::int32_t>(s.position), first_page};
+    const auto count = s.pages ? static_cast<std::int32_t>((s.position + s.tokens + page_tokens - 1) / page_tokens) : 0;
+    if (count) std::copy_n(s.pages, count, page + first_page);
+    for (index_t t = 0; t < s.tokens; ++t) position[s.first_row + t] = static_cast<std::int32_t>(s.position + t), page_of[s.first_row + t] = first_page;
+    first_page += count;
+    b.most_tokens = std::max(b.most_tokens, static_cast<int>(s.tokens)), b.longest = std::max(b.longest, static_cast<int>(s.position + s.tokens));
+  }
+  std::byte* const card = batch_upload_.send();
+  b.pages = reinterpret_cast<std::byte* const*>(card), b.sequences = reinterpret_cast<const cuda::BatchSequence*>(card + sequences_at);
+  b.ids = reinterpret_cast<const std::int32_t*>(card + ids_at), b.positions = b.ids + rows, b.page_first = b.positions + rows;
+  b.rows = static_cast<int>(rows), b.count = static_cast<int>(sequences.size());
+  b.host_sequences = sequences;
+  planned_ = false;
+  return last_ = b;
+}
+
+template <class A>
+Matrix CudaDevice<A>::pack(std::byte* to, const Matrix& from) const {
+  const auto row = static_cast<index_t>(row_bytes(from.format, from.columns));
+  Matrix m = from;
+  m.packed = true, m.data = to;
+  const std::size_t bytes = packed_bytes(from.format, from.rows, from.columns);
+  if (!is_quantised(from.format) && row == cuda::packed_row_bytes(from.format, from.columns)) {
+    upload(to, from.data, bytes);
+  } else {
+    std::vector<std::byte> host(bytes);
+    cuda::pack_rows(from.format, from.columns, from.data, 0, from.rows, host.data());
+    upload(to, host.data(), bytes);
+  }
+  return m;
+}
+
+template <class A>
+void CudaDevice<A>::embedding(View<float, dyn, dyn> out, const Matrix& table, const Batch& b) {
+  const cuda::Current here(card_);
+  if (!table.packed) throw Error("embedding", "table", "packed by the device", "rows as in a file");
+  cuda::embedding(stream(), table.format, {out.data(), out.stride(0), table.data, static_cast<int>(table.columns), b.ids, b.rows});
+}
+
+template <class A>
+void CudaDevice<A>::rope_angles(View<float, dyn, dyn> cos, View<float, dyn, dyn> sin, std::span<const double> frequencies, const Batch& b) {
+  const cuda::Current here(card_);
+  cuda::RopeAnglesTask t{cos.data(), sin.data(), b.positions, b.rows, static_cast<int>(frequencies.size()), {}};
+  detail::expect_extent("rope_angles", "frequencies", cos.extent(1), static_cast<index_t>(frequencies.size()));
+  if (frequencies.size() > std::size(t.frequencies)) throw Error("rope_angles", "frequencies", "at most " + std::to_string(std::size(t.frequencies)), std::to_string(frequencies.size()));
+  if (!cos.contiguous() || !sin.contiguous()) throw Error("rope_angles", "cos and sin", "contiguous rows", "strides");
+  std::copy(frequencies.begin(), frequencies.end(), t.frequencies);
+  cuda::rope_angles(stream(), t);
+}
+
+template <class A>
+void CudaDevice<A>::rmsnorm(View<A, dyn, dyn> out, View<const float, dyn, dyn> x, const float* gain, float eps) {
+  const cuda::Current here(card_);
+  // Without a residual x is only read.
+  cuda::rmsnorm<A>(stream(), {out.data(), out.stride(0), const_cast<float*>(x.data()), x.stride(0), nullptr, 0, gain, static_cast<int>(x.extent(0)), static_cast<int>(x.extent(1)), eps});
+}
+
+template <class A>
+void CudaDevice<A>::add_rmsnorm(View<A, dyn, dyn> out, View<float, dyn, dyn> x, View<const float, dyn, dyn> residual, const float* gain, float eps) {
+  const cuda::Current here(card_);
+  cuda::rmsnorm<A>(stream(), {out.data(), out.stride(0), x.data(), x.stride(0), residual.data(), residual.stride(0), gain, static_cast<int>(x.extent(0)), static_cast<int>(x.extent(1)), eps});
+}
+
+template <class A>
+void CudaDevice<A>::add(View<float, dyn, dyn> x, View<const float, dyn, dyn> residual) {
+  const cuda::Current here(card_);
+  cuda::add(stream(), x.data(), x.stride(0), residual.data(), residual.stride(0), x.extent(0), x.extent(1));
+}
+
+template <class A>
+void CudaDevice<A>::rope(View<A, dyn, dyn> x, View<const float, dyn, dyn> cos, View<const float, dyn, dyn> sin, index_t heads, RopeLayout layout) {
+  const cuda::Current here(card_);
+  if (cos.stride(0) != sin.stride(0)) throw Error("rope", "cos and sin", "rows at the same distance", std::to_string(cos.stride(0)) + " and " + std::to_string(sin.stride(0)));
+  cuda::rope<A>(stream(), {x.data(), x.stride(0), cos.data(), sin.data(), cos.stride(0), static_cast<int>(x.extent(0)), static_cast<int>(heads), static_cast<int>(2 * cos.extent(1)), layout});
+}
+
+template <class A>
+void CudaDevice<A>::store_kv(View<const A, dyn, dyn> k, View<const A, dyn, dyn> v, const CacheShape& shape, index_t layer, const Batch& b) {
+  const cuda::Current here(card_);
+  cuda::StoreKvArgs<A> a{};
+  a.k = k.data(), a.v = v.data(), a.ldk = k.stride(0), a.ldv = v.stride(0);
+  a.tokens = b.rows, a.kv_heads = static_cast<int>(shape.kv_heads), a.head_dim = static_cast<int>(shape.head_dim), a.format = shape.format;
+  a.pages = b.pages, a.page_first = b.page_first, a.position = b.positions;
+  a.k_offset = shape.k_offset(layer, 0), a.v_offset = shape.v_offset(layer, 0), a.head_bytes = shape.head_bytes();
+  cuda::store_kv(stream(), a);
+  cuda::launched("store_kv");
+}
+
+template <class A>
+void CudaDevice<A>::attention(View<A, dyn, dyn> out, View<const A, dyn, dyn> q, const CacheShape& shape, index_t layer, const Batch& b) {
+  const cuda::Current here(card_);
+  const index_t group = q.extent(1) / shape.head_dim / shape.kv_heads;
+  const bool tensor_cores = std::is_same_v<A, bf16> && (shape.head_dim == 64 || shape.head_dim == 128) && shape.format != Format::f32;
+  const bool wgmma = tensor_cores && capability_ == 90 && shape.format != Format::q8_0;
+  const auto many = [&](const Sequence& s) { return wgmma && s.tokens * group >= flash_rows; };
+  if (!std::exchange(planned_, true)) {  // the layers of a step share the plans
+    index_t rows = 0;
+    for (const Sequence& s : b.host_sequences)
+      if (!many(s)) rows = std::max(rows, s.tokens * group);
+    const index_t tile = !tensor_cores ? cuda::any_tile_rows : rows <= 8 ? 8 : rows <= 16 ? 16 : 32;
+    few_.send(cuda::plan_even(b.host_sequences, shape.kv_heads, group, tile, 2 * multiprocessors_, [&](const Sequence& s) { return !many(s); }));
+    many_.send(cuda::plan_whole(b.host_sequences, shape.kv_heads, group, cuda::flash_tile_rows(shape.head_dim), multiprocessors_, many));
+    if (const std::size_t counters = static_cast<std::size_t>(std::max(few_.plan.parts, many_.plan.parts)) * sizeof(unsigned); counters > counters_.size()) {
+      counters_.reserve(2 * counters);
+      zero(counters_.data(), counters_.size());  // the kernels leave them at zero
+    }
+  }
+  cuda::AttentionArgs<A, A> a{};
+  a.q = q.data(), a.out = out.data(), a.ldq = q.stride(0), a.ldo = out.stride(0);
+  a.head_dim = static_cast<int>(shape.head_dim), a.group = static_cast<int>(group), a.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim)), a.format = shape.format;
+  a.pages = b.pages, a.k_offset = shape.k_offset(layer, 0), a.v_offset = shape.v_offset(layer, 0), a.head_bytes = shape.head_bytes();
+  a.scratch = reinterpret_cast<float*>(scratch(few_.plan.scratch_bytes(shape.head_dim))), a.counters = reinterpret_cast<unsigned*>(counters_.data());
+  if constexpr (std::is_same_v<A, bf16>) {
+    if (!many_.plan.empty()) cuda::attention_flash<A>(stream(), many_.of(a));
+    if (tensor_cores) return cuda::attention_paged<A>(stream(), few_.of(a));
+  }
+  cuda::attention_any(stream(), few_.of(a));
+}
+
+template <class A>
+std::vector<float> CudaDevice<A>::attention_probabilities(View<const A, dyn, dyn> q, const CacheShape& shape, index_t layer, const Sequence& s) {
+  const cuda::Current here(card_);
+  int index = 0;
+  while (index < last_.count && last_.host_sequences[static_cast<std::size_t>(index)].first_row != s.first_row) ++index;
+  if (index == last_.count) throw Error("attention_probabilities", "sequence", "one of the last batch", "row " + std::to_string(s.first_row));
+  const index_t heads = q.extent(1) / shape.head_dim, length = s.position + s.tokens, rows = heads * s.tokens;
+  std::vector<float> p(static_cast<std::size_t>(rows * length));
+  auto* scores = reinterpret_cast<float*>(scratch(p.size() * sizeof(float)));
+  const cuda::ScoresTask<A> t{scores, q.data(), q.stride(0), static_cast<int>(heads), static_cast<int>(shape.kv_heads), static_cast<int>(shape.head_dim),
+                              1.0f / std::sqrt(static_cast<float>(shape.head_dim)), shape.k_offset(layer, 0), shape.head_bytes()};
+  cuda::attention_scores(stream(), shape.format, t, last_, index, static_cast<int>(s.tokens));
+  cuda::softmax(stream(), {scores, length, scores, length, static_cast<int>(rows), static_cast<int>(length), 1.0f});
+  download(p.data(), scores, p.size() * sizeof(float));
+  return p;
+}
+
+template <class A>
+void CudaDevice<A>::last_rows(View<A, dyn, dyn> out, View<const A, dyn, dyn> x, const Batch& b) {
+  const cuda::Current here(card_);
+  cuda::last_rows(stream(), out.data(), out.stride(0), x.data(), x.stride(0), x.extent(1), b);
+}
+
+template <class A>
+void CudaDevice<A>::swiglu(View<A, dyn, dyn> out, View<const A, dyn, dyn> gate, View<const A, dyn, dyn> up) {
+  const cuda::Current here(card_);
+  cuda::swiglu<A>(stream(), {out.data(), out.stride(0), gate.data(), up.data(), gate.stride(0), up.stride(0), static_cast<int>(out.extent(0)), static_cast<int>(out.extent(1))});
+}
+
+template <class A>
+void CudaDevice<A>::softmax(View<float, dyn, dyn> out, View<const float, dyn, dyn> x, float scale) {
+  const cuda::Current here(card_);
+  cuda::softmax(stream(), {out.data(), out.stride(0), x.data(), x.stride(0), static_cast<int>(x.extent(0)), static_cast<int>(x.extent(1)), scale});
+}
+
+template <class A>
+template <class Y>
+void CudaDevice<A>::product(View<Y, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w) {
+  const cuda::Current here(card_);
+  const index_t rows = y.extent(0), columns = w.columns();
+  if (rows == 0) return;
+  const bool few = rows <= few_rows;
+  bool quantised = false;  // activations as int8, once for all parts
+  index_t column = 0;
+  std::byte* const memory = scratch(few ? static_cast<std::size_t>(rows * cuda::quantised_vector_bytes(columns)) : blas_workspace + weights_scratch);
+  for (int i = 0; i < w.parts;) {
+    Matrix m = w.part[static_cast<std::size_t>(i++)];
+    if (!m.packed) throw Error("matmul", "w", "packed by the device", "rows as in a file");
+    const index_t stride = cuda::packed_row_bytes(m.format, columns);
+    // Parts of one format that lie behind each other are one matrix.
+    for (; i < w.parts && w.part[static_cast<std::size_t>(i)].format == m.format && w.part[static_cast<std::size_t>(i)].data == m.data + m.rows * stride; ++i)
+      m.rows += w.part[static_cast<std::size_t>(i)].rows;
+    Y* const to = y.data() + column;
+    column += m.rows;
+    if (!few) {
+      cuda::matmul<A, Y>(stream(), blas_, {m.format, m.data, m.rows, columns, x.data(), x.stride(0), rows, to, y.stride(0)}, memory, blas_workspace, memory + blas_workspace, weights_scratch);
+    } else if (is_quantised(m.format) && w.compute != Compute::f32 && !std::is_same_v<A, float>) {
+      if (!std::exchange(quantised, true)) cuda::quantise_vectors(stream(), x.data(), x.stride(0), static_cast<int>(rows), static_cast<int>(columns), memory);
+      cuda::matvec_int8<Y>(stream(), {m.data, m.format, static_cast<int>(rows), static_cast<int>(m.rows), static_cast<int>(columns), memory, 0, to, y.stride(0)});
+    } else {
+      cuda::matvec_float<A, Y>(stream(), {m.data, m.format, static_cast<int>(rows), static_cast<int>(m.rows), static_cast<int>(columns), x.data(), x.stride(0), to, y.stride(0)});
+    }
+    cuda::launched("matmul");
+  }
+}
+
+template <class A>
+void CudaDevice<A>::matmul(View<A, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w) { product(y, x, w); }
+template <class A>
+void CudaDevice<A>::matmul(View<float, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w)
+  requires(!std::is_same_v<A, float>)
+{ product(y, x, w); }
+
+template <class A>
+void CudaDevice<A>::argmax(std::int32_t* ids, View<const float, dyn, dyn> x) {
+  const cuda::Current here(card_);
+  cuda::argmax(stream(), {ids, x.data(), x.stride(0), static_cast<int>(x.extent(0)), static_cast<int>(x.extent(1))});
+}
+
+}  // namespace tinyllama

@@ -1,0 +1,80 @@
+// Attention over the paged cache: which kernel takes which batch, and its launch.
+#pragma once
+
+#include "tinyllama/kernels/cuda/attention_any.cuh"
+#include "tinyllama/kernels/cuda/flash.cuh"
+#include "tinyllama/kernels/cuda/paged.cuh"
+
+namespace tinyllama::cuda {
+
+/// The kernels of attention: f32 arithmetic for anything; mma.sync for few rows a sequence (and for prefill before Hopper); wgmma for prefill on Hopper.
+enum class AttentionKernel : std::uint8_t { any, paged, flash };
+
+namespace detail {
+inline void check_launch(cudaError_t e, const char* kernel) {
+  if (e != cudaSuccess) throw Error("attention", kernel, "a launch", cudaGetErrorString(e));
+}
+template <class Kernel, class Args>
+void launch(Kernel* kernel, const Args& args, int blocks, int threads, std::size_t shared, cudaStream_t stream, const char* name) {
+  check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared, stream>>>(args);
+  check_launch(cudaGetLastError(), name);
+}
+}  // namespace detail
+
+template <class Q, class O>
+void attention_any(cudaStream_t stream, const AttentionArgs<Q, O>& a) {
+  if (a.blocks == 0) return;
+  visit_cache(a.format, [&]<Format F>() { detail::launch(attention_any_kernel<Q, O, F>, a, a.blocks, 128, any_shared_bytes(a.head_dim), stream, "any"); });
+}
+
+/// f.template operator()<Tiles>() for a tile of 8, 16 or 32 rows.
+template <class Fn>
+void visit_paged_tiles(int tile_rows, Fn&& fn) {
+  if (tile_rows == 8) return fn.template operator()<1>();
+  if (tile_rows == 16) return fn.template operator()<2>();
+  if (tile_rows == 32) return fn.template operator()<4>();
+  throw Error("attention", "rows of a tile", "8, 16 or 32", std::to_string(tile_rows));
+}
+
+/// For head_dim 64 and 128 and caches of bf16, f16 and q8_0.
+template <class O>
+void attention_paged(cudaStream_t stream, const AttentionArgs<bf16, O>& a) {
+  if (a.blocks == 0) return;
+  visit_paged_tiles(a.tile_rows, [&]<int Tiles>() {
+    visit_cache(a.format, [&]<Format F>() {
+      if constexpr (F != Format::f32) {
+        const auto go = [&]<int HeadDim>() {
+          using Shape = PagedShape<HeadDim, Tiles, F>;
+          detail::launch(paged_kernel<HeadDim, Tiles, F, O>, a, a.blocks, paged_threads, Shape::shared_bytes, stream, "paged");
+        };
+        if (a.head_dim == 64) return go.template operator()<64>();
+        if (a.head_dim == 128) return go.template operator()<128>();
+      }
+      throw Error("attention", "paged", "head_dim 64 or 128 and a cache of bf16, f16 or q8_0", std::to_string(a.head_dim) + ", " + std::string(name(a.format)));
+    });
+  });
+}
+
+/// Rows of flash's tiles for a head dimension.
+constexpr index_t flash_tile_rows(index_t head_dim) { return head_dim == 64 ? 128 : 128; }
+
+/// One choice of the kernel's shape, for measurements.
+template <int HeadDim, int Warpgroups, int Emulated, bool Turns, class O>
+void attention_flash_as(cudaStream_t stream, const AttentionArgs<bf16, O>& a) {
+  using Shape = FlashShape<HeadDim, Warpgroups>;
+  if (a.format == Format::bf16) detail::launch(flash_kernel<HeadDim, Warpgroups, bf16, O, Emulated, Turns>, a, a.blocks, Shape::threads, Shape::shared_bytes, stream, "flash");
+  else detail::launch(flash_kernel<HeadDim, Warpgroups, f16, O, Emulated, Turns>, a, a.blocks, Shape::threads, Shape::shared_bytes, stream, "flash");
+}
+
+/// For head_dim 64 and 128 and caches of bf16 and f16, on compute capability 9.0; tiles of flash_tile_rows(head_dim), whole (plan_whole), one block an SM.
+template <class O>
+void attention_flash(cudaStream_t stream, const AttentionArgs<bf16, O>& a) {
+  if (a.blocks == 0) return;
+  if ((a.format != Format::bf16 && a.format != Format::f16) || (a.head_dim != 64 && a.head_dim != 128) || a.tile_rows != flash_tile_rows(a.head_dim))
+    throw Error("attention", "flash", "head_dim 64 or 128, a cache of bf16 or f16, tiles of flash_tile_rows", std::to_string(a.head_dim) + ", " + std::string(name(a.format)));
+  if (a.head_dim == 64) attention_flash_as<64, 2, 0, true>(stream, a);
+  else attention_flash_as<128, 2, 0, true>(stream, a);
+}
+
+}  // namespace tinyllama::cuda

@@ -1,0 +1,382 @@
+// Each operation of CudaDevice against the CPU's reference kernels, at awkward sizes, for both types of activations.
+#include "tinyllama/cuda.hpp"
+
+#include "tests/kernels/agree.hpp"
+
+namespace {
+
+using namespace tinyllama;
+using namespace tinyllama::test;
+
+bool no_card() {
+  if (cuda::card_count() > 0) return false;
+  MESSAGE("skipped: no card");
+  return true;
+}
+
+/// Numbers that A holds.
+template <class A>
+std::vector<float> rounded(std::vector<float> v) {
+  for (float& x : v) x = static_cast<float>(A(x));
+  return v;
+}
+template <class A>
+std::vector<float> numbers(Random& random, index_t n, float size = 1.0f) { return rounded<A>(random.vector(n, size)); }
+
+/// A matrix on the card; `ld` columns lie from one row to the next, and the rest holds NaN.
+template <class D, class T>
+struct OnCard {
+  D& dev;
+  index_t rows, columns, ld;
+  Memory<D> memory;
+
+  OnCard(D& d, index_t r, index_t c, index_t stride = 0) : dev(d), rows(r), columns(c), ld(std::max(c, stride)), memory(d, static_cast<std::size_t>(r * ld) * sizeof(T)) {
+    put(std::vector<float>(static_cast<std::size_t>(r * c), not_a_number));
+  }
+  OnCard(D& d, const std::vector<float>& v, index_t r, index_t c, index_t stride = 0) : OnCard(d, r, c, stride) { put(v); }
+  void put(const std::vector<float>& v) {
+    std::vector<T> t(static_cast<std::size_t>(rows * ld), T(not_a_number));
+    for (index_t i = 0; i < rows; ++i)
+      for (index_t j = 0; j < columns; ++j) t[static_cast<std::size_t>(i * ld + j)] = T(v[static_cast<std::size_t>(i * columns + j)]);
+    dev.upload(memory.data(), t.data(), t.size() * sizeof(T));
+  }
+  /// The matrix; what lies beside its rows must be as it was.
+  std::vector<float> get() const {
+    std::vector<T> t(static_cast<std::size_t>(rows * ld));
+    dev.download(t.data(), memory.data(), t.size() * sizeof(T));
+    std::vector<float> v;
+    for (index_t i = 0; i < rows; ++i)
+      for (index_t j = 0; j < ld; ++j) {
+        const float x = static_cast<float>(t[static_cast<std::size_t>(i * ld + j)]);
+        if (j < columns) v.push_back(x);
+        else REQUIRE(std::isnan(x));
+      }
+    return v;
+  }
+  View<T, dyn, dyn> view() const { return {reinterpret_cast<T*>(memory.data()), {rows, columns}, {ld, 1}}; }
+};
+
+template <class A>
+inline constexpr double rounding = std::is_same_v<A, float> ? 0 : 0x1p-8;  // of a result, relative: half a unit in the last place and a little more
+
+Cpu& reference_device() {
+  static Cpu dev({.threads = 2, .kernels = &reference::kernels});
+  return dev;
+}
+View<float, dyn, dyn> matrix(std::vector<float>& v, index_t rows, index_t columns) { return {v.data(), {rows, columns}}; }
+View<const float, dyn, dyn> matrix(const std::vector<float>& v, index_t rows, index_t columns) { return {v.data(), {rows, columns}}; }
+
+}  // namespace
+
+TEST_CASE("cuda: memory, and what cannot be had") {
+  if (no_card()) return;
+  Cuda dev;
+  CHECK(dev.capability() >= 80);
+  CHECK_FALSE(dev.name().empty());
+  const std::vector<float> v{1, 2, 3, 4, 5};
+  Memory<Cuda> a(dev, 20), b(dev, 20);
+  dev.upload(a.data(), v.data(), 20);
+  dev.copy_bytes(b.data(), a.data(), 20);
+  dev.zero(a.data(), 8);
+  std::vector<float> w(5);
+  dev.download(w.data(), b.data(), 20);
+  CHECK(w == v);
+  Cuda::Staging staging;
+  const auto h = dev.host(View<const float, dyn>(reinterpret_cast<const float*>(a.data()), {5}), staging);
+  CHECK(std::vector<float>(h.data(), h.data() + 5) == std::vector<float>{0, 0, 3, 4, 5});
+  CHECK_THROWS_WITH_AS(static_cast<void>(dev.allocate(std::size_t{1} << 50)), doctest::Contains("out of memory"), Error);
+  CHECK_THROWS_WITH_AS(Cuda({.card = 1000}), doctest::Contains("CUDA: card: expected 0.."), Error);
+  int before = -1, after = -1;
+  cudaGetDevice(&before);
+  CudaF32 other;
+  other.zero(Memory<CudaF32>(other, 100).data(), 100);
+  cudaGetDevice(&after);
+  CHECK(before == after);
+}
+
+TEST_CASE_TEMPLATE("cuda: rmsnorm, add and add_rmsnorm", A, float, bf16) {
+  if (no_card()) return;
+  using D = CudaDevice<A>;
+  D dev;
+  Random random(1);
+  for (const index_t n : awkward_sizes())
+    for (const index_t rows : {1, 3}) {
+      CAPTURE(n);
+      const auto gain = random.vector(n), residual = random.vector(rows * n);
+      auto x = random.vector(rows * n);
+      const OnCard<D, float> g(dev, gain, 1, n), r(dev, residual, rows, n, n + n % 3), xs(dev, x, rows, n);
+      const OnCard<D, A> out(dev, rows, n, n + n % 5);
+      std::vector<float> expected(x.size());
+      const auto near = [&](index_t i) { return (rounding<A> + 8 * eps) * std::fabs(expected[static_cast<std::size_t>(i)]); };
+      dev.rmsnorm(out.view(), xs.view(), g.view().data(), 1e-5f);
+      for (index_t t = 0; t < rows; ++t) reference::rmsnorm(expected.data() + t * n, x.data() + t * n, gain.data(), n, 1e-5f);
+      check_close(out.get(), expected, near);
+      dev.add_rmsnorm(out.view(), xs.view(), r.view(), g.view().data(), 1e-5f);
+      for (index_t t = 0; t < rows; ++t) reference::add_rmsnorm(expected.data() + t * n, x.data() + t * n, residual.data() + t * n, gain.data(), n, 1e-5f);
+      check_close(out.get(), expected, near);
+      check_same(xs.get(), x);
+      dev.add(xs.view(), r.view());
+      reference::add(x.data(), residual.data(), rows * n);
+      check_same(xs.get(), x);
+    }
+}
+
+TEST_CASE_TEMPLATE("cuda: rope in both layouts, and its angles", A, float, bf16) {
+  if (no_card()) return;
+  using D = CudaDevice<A>;
+  D dev;
+  Random random(2);
+  constexpr index_t rows = 5;
+  for (const index_t head_dim : {2, 6, 16, 48, 64, 128})
+    for (const index_t heads : {1, 3, 9})
+      for (const RopeLayout layout : {RopeLayout::half, RopeLayout::interleaved}) {
+        CAPTURE(head_dim);
+        CAPTURE(heads);
+        std::vector<double> frequencies;
+        for (index_t i = 0; i < head_dim / 2; ++i) frequencies.push_back(std::pow(10000.0, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim)));
+        const Sequence batch[] = {{0, 3, 1, nullptr}, {3, 2, 123456, nullptr}};
+        const OnCard<D, float> cos(dev, rows, head_dim / 2), sin(dev, rows, head_dim / 2);
+        dev.rope_angles(cos.view(), sin.view(), frequencies, dev.batch({}, batch));
+        std::vector<float> c(static_cast<std::size_t>(rows * head_dim / 2)), s(c);
+        reference_device().rope_angles(matrix(c, rows, head_dim / 2), matrix(s, rows, head_dim / 2), frequencies, batch);
+        check_close(cos.get(), c, [](index_t) { return 2e-7; });
+        check_close(sin.get(), s, [](index_t) { return 2e-7; });
+        auto x = numbers<A>(random, rows * heads * head_dim);
+        const OnCard<D, A> xs(dev, x, rows, heads * head_dim, heads * head_dim + 2 * (heads % 2));
+        dev.rope(xs.view(), cos.view(), sin.view(), heads, layout);
+        for (index_t t = 0; t < rows; ++t) reference::rope(x.data() + t * heads * head_dim, c.data() + t * head_dim / 2, s.data() + t * head_dim / 2, heads, head_dim, layout);
+        check_close(xs.get(), x, [&](index_t i) { return rounding<A> * std::fabs(x[static_cast<std::size_t>(i)]) + 4e-6; });
+      }
+}
+
+TEST_CASE_TEMPLATE("cuda: swiglu and softmax", A, float, bf16) {
+  if (no_card()) return;
+  using D = CudaDevice<A>;
+  D dev;
+  Random random(3);
+  for (const index_t n : awkward_sizes()) {
+    CAPTURE(n);
+    constexpr index_t rows = 3;
+    auto both = numbers<A>(random, rows * 2 * n, 4.0f);
+    both[0] = -100, both[static_cast<std::size_t>(n - 1)] = 88;
+    both = rounded<A>(both);
+    const OnCard<D, A> in(dev, both, rows, 2 * n), out(dev, rows, n);
+    dev.swiglu(out.view(), columns(in.view(), 0, n), columns(in.view(), n, 2 * n));
+    std::vector<float> expected(static_cast<std::size_t>(rows * n));
+    for (index_t t = 0; t < rows; ++t) reference::swiglu(expected.data() + t * n, both.data() + t * 2 * n, both.data() + t * 2 * n + n, n);
+    check_close(out.get(), expected, [&](index_t i) { return (rounding<A> + 16 * eps) * std::fabs(expected[static_cast<std::size_t>(i)]) + 1e-30; });
+
+    const auto x = random.vector(rows * n, 5.0f);
+    const OnCard<D, float> xs(dev, x, rows, n, n + 1);
+    dev.softmax(xs.view(), xs.view(), 0.7f);
+    for (index_t t = 0; t < rows; ++t) reference::softmax(expected.data() + t * n, x.data() + t * n, n, 0.7f);
+    check_close(xs.get(), expected, [&](index_t i) { return 60 * eps * expected[static_cast<std::size_t>(i)] + 1e-9; });
+  }
+}
+
+TEST_CASE_TEMPLATE("cuda: embedding, last rows and argmax", A, float, bf16) {
+  if (no_card()) return;
+  using D = CudaDevice<A>;
+  D dev;
+  Random random(4);
+  const std::vector<std::int32_t> ids = {0, 99, 17, 17, 31, 98, 0};
+  const auto rows = static_cast<index_t>(ids.size());
+  const Sequence batch[] = {{0, 2, 0, nullptr}, {2, 1, 9, nullptr}, {3, 4, 0, nullptr}};
+  for (const FormatInfo& f : formats)
+    for (const index_t k : {256, 4352, 33}) {
+      if (k % f.block) continue;
+      CAPTURE(std::string(f.name));
+      CAPTURE(k);
+      const TestMatrix table(f.format, 100, k, random);
+      const Memory<D> memory(dev, D::packed_bytes(f.format, 100, k));
+      const Matrix m = dev.pack(memory.data(), {f.format, false, 100, k, table.stored.data()});
+      const OnCard<D, float> out(dev, rows, k);
+      dev.embedding(out.view(), m, dev.batch(ids, batch));
+      const auto got = out.get();
+      for (index_t i = 0; i < rows; ++i) {
+        const auto expected = table.row(ids[static_cast<std::size_t>(i)]);
+        float most = 0;
+        for (const float e : expected) most = std::max(most, std::fabs(e));
+        check_close(got.data() + i * k, expected.data(), k, [&](index_t) { return is_quantised(f.format) ? 4 * eps * most : 0.0; });
+      }
+    }
+  const auto x = numbers<A>(random, rows * 77);
+  const OnCard<D, A> xs(dev, x, rows, 77), last(dev, 3, 77);
+  dev.last_rows(last.view(), xs.view(), dev.batch(ids, batch));
+  std::vector<float> expected(3 * 77);
+  reference_device().last_rows(matrix(expected, 3, 77), matrix(x, rows, 77), batch);
+  check_same(last.get(), expected);
+  for (const index_t n : {1, 31, 1025, 32000}) {
+    auto logits = random.vector(4 * n);
+    const std::vector<std::int32_t> top{0, static_cast<std::int32_t>(n - 1), static_cast<std::int32_t>(n / 2), static_cast<std::int32_t>(n / 3)};
+    for (index_t r = 0; r < 4; ++r) {
+      logits[static_cast<std::size_t>(r * n + top[static_cast<std::size_t>(r)])] = 100;
+      if (top[static_cast<std::size_t>(r)] + 40 < n) logits[static_cast<std::size_t>(r * n + top[static_cast<std::size_t>(r)] + 40)] = 100;  // an equal one behind
+    }
+    const OnCard<D, float> l(dev, logits, 4, n);
+    const Memory<D> to(dev, 16);
+    dev.argmax(reinterpret_cast<std::int32_t*>(to.data()), l.view());
+    std::vector<std::int32_t> got(4);
+    dev.download(got.data(), to.data(), 16);
+    CHECK(got == top);
+  }
+}
+
+namespace {
+
+/// Parts of one Linear, behind each other in memory as in a model.
+template <class D>
+struct WeightsOnCard {
+  std::vector<TestMatrix> parts;
+  std::vector<Memory<D>> memory;
+  Linear linear;
+  WeightsOnCard(D& dev, std::initializer_list<std::pair<Format, index_t>> list, index_t k, Compute compute = Compute::automatic) {
+    Random random(static_cast<std::uint64_t>(k));
+    linear.compute = compute;
+    std::size_t bytes = 0;
+    for (auto [f, n] : list) bytes += D::packed_bytes(f, n, k);
+    memory.emplace_back(dev, bytes);
+    std::byte* at = memory.back().data();
+    for (auto [f, n] : list) {
+      const TestMatrix& m = parts.emplace_back(f, n, k, random);
+      linear.part[static_cast<std::size_t>(linear.parts++)] = dev.pack(at, {f, false, n, k, m.stored.data()});
+      at += D::packed_bytes(f, n, k);
+    }
+  }
+};
+
+// What rounding the activations to 8 bits costs: half a step of the largest of each 32.
+double int8_error(const float* w, const float* x, index_t k) {
+  double total = 0;
+  for (index_t g = 0; g < k; g += 32) {
+    double most = 0;
+    for (index_t i = g; i < std::min(k, g + 32); ++i) most = std::max(most, std::fabs(static_cast<double>(x[i])));
+    for (index_t i = g; i < std::min(k, g + 32); ++i) total += std::fabs(static_cast<double>(w[i])) * 0.501 * most / 127;
+  }
+  return total;
+}
+
+template <class A, class Y>
+void check_matmul(CudaDevice<A>& dev, const WeightsOnCard<CudaDevice<A>>& w, index_t m, index_t pad = 0) {
+  const index_t k = w.linear.columns(), n = w.linear.rows();
+  CAPTURE(m);
+  CAPTURE(k);
+  CAPTURE(n);
+  Random random(static_cast<std::uint64_t>(m));
+  const auto x = numbers<A>(random, m * k);
+  std::vector<float> expected(static_cast<std::size_t>(m * n));
+  std::vector<double> bound(expected.size());
+  index_t column = 0;
+  for (const TestMatrix& part : w.parts) {
+    for (index_t j = 0; j < part.n; ++j) {
+      const auto row = part.row(j);
+      for (index_t i = 0; i < m; ++i) {
+        const float* xi = x.data() + i * k;
+        double sum = 0, size = 0;
+        for (index_t a = 0; a < k; ++a) sum += static_cast<double>(row[static_cast<std::size_t>(a)]) * xi[a], size += std::fabs(static_cast<double>(row[static_cast<std::size_t>(a)]) * xi[a]);
+        const auto at = static_cast<std::size_t>(i * n + column + j);
+        expected[at] = static_cast<float>(sum);
+        bound[at] = 2 * sum_bound * magnitude(part.format, row.data(), xi, k) + rounding<Y> * std::fabs(sum) + 1e-30;
+        if (std::is_same_v<A, float>) continue;
+        if (m > 8 && part.format != Format::bf16) bound[at] += 0x1p-8 * size / 2;  // weights rounded to bf16
+        if (is_quantised(part.format) && w.linear.compute != Compute::f32) bound[at] += int8_error(row.data(), xi, k);
+      }
+    }
+    column += part.n;
+  }
+  const OnCard<CudaDevice<A>, A> xs(dev, x, m, k, k + pad);
+  const OnCard<CudaDevice<A>, Y> y(dev, m, n, n + pad);
+  dev.matmul(y.view(), xs.view(), w.linear);
+  check_close(y.get(), expected, [&](index_t i) { return bound[static_cast<std::size_t>(i)]; });
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("cuda: matmul in each format, few rows and many", A, float, bf16) {
+  if (no_card()) return;
+  CudaDevice<A> dev;
+  for (const FormatInfo& f : formats) {
+    CAPTURE(std::string(f.name));
+    for (const Compute c : {Compute::automatic, Compute::f32}) {
+      const WeightsOnCard<CudaDevice<A>> w(dev, {{f.format, 133}}, 512, c), wide(dev, {{f.format, 40}}, 2304, c);
+      for (const index_t m : {1, 2, 5, 8, 9, 33}) {
+        check_matmul<A, float>(dev, w, m);
+        check_matmul<A, A>(dev, wide, m, 8);
+      }
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("cuda: matmul of several matrices, and of odd rows", A, float, bf16) {
+  if (no_card()) return;
+  CudaDevice<A> dev;
+  using W = WeightsOnCard<CudaDevice<A>>;
+  for (const index_t m : {1, 3, 17}) {
+    check_matmul<A, A>(dev, W(dev, {{Format::bf16, 96}, {Format::bf16, 32}, {Format::bf16, 32}}, 256), m);  // one product
+    check_matmul<A, A>(dev, W(dev, {{Format::q4_K, 96}, {Format::q4_K, 32}, {Format::q6_K, 32}}, 512), m);
+    check_matmul<A, float>(dev, W(dev, {{Format::bf16, 100}, {Format::q8_0, 33}, {Format::f16, 7}}, 256), m);
+    check_matmul<A, float>(dev, W(dev, {{Format::q4_1, 57}, {Format::f32, 1}}, 288), m, 3);
+    for (const index_t k : {1, 3, 255, 1025}) check_matmul<A, float>(dev, W(dev, {{Format::f32, 50}, {Format::f16, 17}, {Format::bf16, 34}}, k), m);
+  }
+  const W w(dev, {{Format::f32, 20}}, 32);
+  dev.matmul(View<float, dyn, dyn>(nullptr, {0, 20}), View<const A, dyn, dyn>(nullptr, {0, 32}), w.linear);
+}
+
+TEST_CASE_TEMPLATE("cuda: attention over pages, and its probabilities", A, float, bf16) {
+  if (no_card()) return;
+  using D = CudaDevice<A>;
+  D dev;
+  Cpu& cpu = reference_device();
+  struct Shape { index_t heads, kv_heads, head_dim; };
+  const std::vector<std::pair<index_t, index_t>> sequences = {{300, 1}, {0, 20}, {65, 70}, {254, 3}, {0, 1}, {1, 4}};  // position, tokens
+  for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::q8_0})
+    for (const Shape& h : {Shape{6, 2, 64}, Shape{4, 4, 16}, Shape{3, 1, 48}, Shape{8, 1, 128}, Shape{2, 1, 256}}) {
+      CAPTURE(std::string(name(f)));
+      CAPTURE(h.head_dim);
+      constexpr index_t layer = 1;
+      const CacheShape shape{f, 2, h.kv_heads, h.head_dim};
+      Random random(5);
+      std::vector<std::vector<std::byte>> host;
+      std::vector<Memory<D>> card;
+      std::vector<std::vector<std::byte*>> host_pages(sequences.size()), card_pages(sequences.size());
+      std::vector<Sequence> on_host, on_card;
+      index_t rows = 0;
+      const index_t width = h.kv_heads * h.head_dim, columns = h.heads * h.head_dim;
+      for (std::size_t i = 0; i < sequences.size(); ++i) {
+        const auto [position, tokens] = sequences[i];
+        for (index_t at = 0; at < position + tokens; at += page_tokens) {
+          host_pages[i].push_back(host.emplace_back(static_cast<std::size_t>(shape.page_bytes()), std::byte{0xff}).data());
+          card_pages[i].push_back(card.emplace_back(dev, static_cast<std::size_t>(shape.page_bytes())).data());
+          dev.upload(card_pages[i].back(), host.back().data(), host.back().size());
+        }
+        const auto past = numbers<A>(random, std::max<index_t>(1, position) * width), past_v = numbers<A>(random, std::max<index_t>(1, position) * width);
+        if (position > 0) {
+          const Sequence before_host{0, position, 0, host_pages[i].data()}, before_card{0, position, 0, card_pages[i].data()};
+          cpu.store_kv(matrix(past, position, width), matrix(past_v, position, width), shape, layer, {&before_host, 1});
+          dev.store_kv(OnCard<D, A>(dev, past, position, width).view(), OnCard<D, A>(dev, past_v, position, width).view(), shape, layer, dev.batch({}, {&before_card, 1}));
+        }
+        on_host.push_back({rows, tokens, position, host_pages[i].data()}), on_card.push_back({rows, tokens, position, card_pages[i].data()});
+        rows += tokens;
+      }
+      const auto k = numbers<A>(random, rows * width), v = numbers<A>(random, rows * width), q = numbers<A>(random, rows * columns, 1.5f);
+      cpu.store_kv(matrix(k, rows, width), matrix(v, rows, width), shape, layer, on_host);
+      std::vector<float> expected(q.size());
+      cpu.attention(matrix(expected, rows, columns), matrix(q, rows, columns), shape, layer, on_host);
+      const auto batch = dev.batch({}, on_card);
+      const OnCard<D, A> ks(dev, k, rows, width), vs(dev, v, rows, width), qs(dev, q, rows, columns), out(dev, rows, columns);
+      dev.store_kv(ks.view(), vs.view(), shape, layer, batch);
+      dev.attention(out.view(), qs.view(), shape, layer, batch);
+      const auto got = out.get();
+      for (index_t r = 0; r < rows; ++r) {
+        double difference = 0, size = 0;
+        for (index_t i = r * columns; i < (r + 1) * columns; ++i) {
+          const double e = expected[static_cast<std::size_t>(i)], d = got[static_cast<std::size_t>(i)] - e;
+          difference += d * d, size += e * e;
+        }
+        CAPTURE(r);
+        REQUIRE(std::sqrt(difference / size) < (std::is_same_v<A, float> ? 5e-6 : 1e-2));  // a NaN is not less
+      }
+      const auto p = dev.attention_probabilities(qs.view(), shape, layer, on_card[2]), pe = cpu.attention_probabilities(matrix(q, rows, columns), shape, layer, on_host[2]);
+      check_close(p, pe, [&](index_t) { return 1e-5; });
+    }
+}
