@@ -158,11 +158,10 @@ struct Setup {
     a.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim)), a.format = shape.format, a.pages = table;
     a.k_offset = shape.k_offset(0, 0), a.v_offset = shape.v_offset(0, 0), a.head_bytes = shape.head_bytes();
     auto* items = upload(plan.items);
-    auto* first = upload(plan.first);
     auto* scratch = device<std::byte>(plan.scratch_bytes(shape.head_dim) + 16);
     auto* counters = upload(std::vector<unsigned>(static_cast<std::size_t>(plan.parts) + 1));
-    owned.insert(owned.end(), {items, first, scratch, counters});
-    a.items = items, a.first = first, a.blocks = plan.blocks(), a.tile_rows = plan.tile_rows, a.parts = plan.parts;
+    owned.insert(owned.end(), {items, scratch, counters});
+    a.items = items, a.blocks = plan.blocks, a.tile_rows = plan.tile_rows, a.parts = plan.parts;
     a.scratch = reinterpret_cast<float*>(scratch), a.counters = counters;
     return a;
   }
@@ -210,7 +209,7 @@ int main(int argc, char** argv) {
         // As many layers as it takes for the cache to be far larger than the L2.
         const auto layers = std::clamp<index_t>(static_cast<index_t>((std::size_t{400} << 20) / layer_bytes), 2, 400);
         Setup s(format, layers, 4, 8, head_dim, std::vector<std::pair<index_t, index_t>>(static_cast<std::size_t>(batch), {length - 1, 1}));
-        const auto plan = cuda::plan_even(std::span<const Sequence>(s.sequences), 4, 8, 8, 2 * sms, everyone);
+        const auto plan = cuda::plan_even(std::span<const Sequence>(s.sequences), 4, 8, 8, cuda::paged_blocks_per_sm(head_dim, 8) * sms, everyone);
         const auto args = s.args(plan);
         const double t = seconds(static_cast<int>(layers), [&](int i, cudaStream_t stream) {
           auto a = args;

@@ -326,15 +326,14 @@ double relative_error(const std::vector<float>& a, const std::vector<float>& b) 
 
 int main(int argc, char** argv) {
   std::vector<std::string> names(argv + 1, argv + argc);
-  bool sweep = false, trace = false;
-  std::erase_if(names, [&](const std::string& s) { return s == "--sweep" ? (sweep = true) : s == "--trace" ? (trace = true) : false; });
+  const bool sweep = std::erase(names, "--sweep") > 0, trace = std::erase(names, "--trace") > 0;
   if (names.empty()) names = {"bf16", "f16", "q8_0", "q4_0", "q4_K", "q5_K", "q6_K"};
   constexpr int HD = 64, max_positions = 2304;
   cudaDeviceProp card;
   CHECK(cudaGetDeviceProperties(&card, 0));
   const double bandwidth = read_bandwidth();
   std::printf("%s, %d SMs, read %.0f GB/s\n", card.name, card.multiProcessorCount, bandwidth);
-  std::printf("format   wait  position   us/token  tokens/s   GB/s  share   one launch a token: tokens/s\n");
+  std::printf("format   waits     position   us/token  tokens/s   GB/s  share   one launch a token: tokens/s\n");
   bool good = true;
   for (const std::string& text : names) {
     // "q4_K_M" mixes as such files do: v and down in q6_K, in half of the layers.
@@ -406,8 +405,11 @@ int main(int argc, char** argv) {
 
     std::printf("# %s: %.1f MB of weights, grid %d, %d slots of %d bytes a warp, %d bytes of shared memory\n", text.c_str(), static_cast<double>(weight_bytes) / 1e6, plan.grid, plan.slots,
                 plan.slot_bytes, plan.shared_bytes);
-    // From an empty cache, teacher-forced: logits at each of 6 positions, then at page borders and deep in a random cache.
-    double worst = 0;
+    // Two layers first. Rounding activations to 8 bits is not continuous: a code that falls the other way moves all of the next vector a little, some of its
+    // codes fall the other way too, and within a layer the difference has grown to the size of the rounding itself, 1e-2. At most positions none does, so
+    // for block formats half of the positions must agree as floats do, and all within that size. Then all layers. From an empty cache: logits at each of 6 positions, then at page borders and deep in a random cache.
+    double worst = 0, worst_of_two = 0, median_of_two = 0;
+    std::vector<double> errors;
     int agree = 0, total = 0;
     bool same_bits = true;
     const auto compare = [&](int token, int position) {
@@ -421,7 +423,7 @@ int main(int argc, char** argv) {
       const auto theirs = download(simple.logits, static_cast<std::size_t>(m.vocab));
       const auto s = download(state, 4);
       const double e = relative_error(mine, theirs);
-      worst = e == e ? std::max(worst, e) : 1e9;
+      worst = e == e ? std::max(worst, e) : 1e9, errors.push_back(e);
       // The argmax is that of the kernel's own logits.
       agree += s[0] == static_cast<int>(std::max_element(mine.begin(), mine.end()) - mine.begin()) && s[1] == position + 1, ++total;
       set_state(token, position);
@@ -429,11 +431,29 @@ int main(int argc, char** argv) {
       CHECK(cudaDeviceSynchronize());
       same_bits = same_bits && std::memcmp(download(logits, mine.size()).data(), mine.data(), mine.size() * 4) == 0;
     };
+    const auto compare_all = [&] {
     for (int i = 0; i < 6; ++i) compare(static_cast<int>(hash(static_cast<std::uint64_t>(i)) % 32000), i);
     for (const int position : {63, 64, 65, 127, 128, 500, 2000, 2047, 2176, 2200}) {
       fill_cache(0, position), fill_cache(1, position);
       compare(static_cast<int>(hash(static_cast<std::uint64_t>(position)) % 32000), position);
     }
+    };
+    {
+      const DecodePlan all = plan;
+      DecodeModel two = m;
+      two.layers = 2;
+      if (!make_decode_plan(plan, two, layers.data())) return 1;
+      place_decode_exchange(plan, exchange);
+      CHECK(cudaMemset(exchange, 0, all.exchange_bytes));
+      simple.m = two;
+      compare_all();
+      worst_of_two = worst, worst = 0;
+      std::sort(errors.begin(), errors.end());
+      median_of_two = errors[errors.size() / 2];
+      simple.m = m, plan = all;
+      CHECK(cudaMemset(exchange, 0, all.exchange_bytes));
+    }
+    compare_all();
     // A chain in one launch gives the tokens and logits of single launches.
     set_state(5, 60);
     std::vector<std::int32_t> single;
@@ -443,22 +463,18 @@ int main(int argc, char** argv) {
     launch(12);
     CHECK(cudaDeviceSynchronize());
     const bool chain = download(tokens, 12) == single && std::memcmp(download(logits, last.size()).data(), last.data(), last.size() * 4) == 0;
-    const bool ok = worst < 2e-3 && agree == total && same_bits && chain;
+    const bool ok = median_of_two < 1e-5 && worst_of_two < (is_quantised(f) ? 3e-2 : 1e-5) && worst < (is_quantised(f) ? 0.1 : 2e-3) && agree == total && same_bits && chain;
     good = good && ok;
-    std::printf("# %s: error %.2e, argmax and position %d of %d, same bits %d, chain %d  %s\n", text.c_str(), worst, agree, total, same_bits, chain, ok ? "good" : "WRONG");
+    std::printf("# %s: error of 2 layers %.2e (median %.2e), of all %.2e, argmax and position %d of %d, same bits %d, chain %d  %s\n", text.c_str(), worst_of_two, median_of_two, worst, agree, total, same_bits, chain, ok ? "good" : "WRONG");
 
-    const std::vector<unsigned> waits = sweep ? std::vector<unsigned>{0, 20, 100, 300} : std::vector<unsigned>{0, 100};
-    for (const unsigned wait : waits)
+    struct Pauses { unsigned wait, producer; };
+    const std::vector<Pauses> pauses = sweep ? std::vector<Pauses>{{0, 60}, {0, 0}, {0, 200}, {40, 60}, {200, 60}} : std::vector<Pauses>{{plan.wait_ns, plan.producer_ns}};
+    for (const Pauses& pause : pauses)
       for (const int position : {16, 512, 2000}) {
-        plan.wait_ns = wait;
+        if (sweep && position != 512 && &pause != pauses.data() && pause.wait + pause.producer != 60) continue;
+        plan.wait_ns = pause.wait, plan.producer_ns = pause.producer;
         constexpr int chain_steps = 32;
         const int begin = position - chain_steps / 2;
-        const auto time = [&](int steps) {
-          const float ms = median_ms(7, [&] {
-            for (int i = 0; i < chain_steps; i += steps) launch(steps);
-          });
-          return ms * 1e3 / chain_steps;
-        };
         set_state(7, begin);
         // Each repeat goes on where the last ended: put the state back by a copy in the stream, which costs next to nothing.
         auto* const saved = device<std::int32_t>(2);
@@ -469,10 +485,9 @@ int main(int argc, char** argv) {
                    for (int i = 0; i < chain_steps; i += steps) launch(steps);
                  }) * 1e3 / chain_steps;
         };
-        (void)time;
         const double us = timed(chain_steps), one = timed(1);
         const double bytes = static_cast<double>(weight_bytes) + static_cast<double>(position) * m.layers * m.kv_heads * 2 * static_cast<double>(half_bytes) / 64;
-        std::printf("%-8s %4u %9d %10.1f %9.0f %6.0f  %4.1f%%   %9.0f\n", text.c_str(), wait, position, us, 1e6 / us, bytes / us / 1e3, bytes / us / 1e3 / bandwidth * 100, 1e6 / one);
+        std::printf("%-8s %4u %4u %9d %10.1f %9.0f %6.0f  %4.1f%%   %9.0f\n", text.c_str(), pause.wait, pause.producer, position, us, 1e6 / us, bytes / us / 1e3, bytes / us / 1e3 / bandwidth * 100, 1e6 / one);
         std::fflush(stdout);
         CHECK(cudaFree(saved));
       }

@@ -47,6 +47,15 @@ set(tinyllama_training_sources kernels/cpu/training_dispatch.cpp)
 tinyllama_interface_sources(tinyllama_tinyllama ${tinyllama_sources})
 tinyllama_interface_sources(tinyllama_training ${tinyllama_training_sources})
 
+# tinyllama::mpi: tinyllama::training for programs that mpirun starts. Their project has find_package(MPI COMPONENTS CXX). The C++ bindings that MPI once had
+# stay out.
+add_library(tinyllama_mpi INTERFACE)
+add_library(tinyllama::mpi ALIAS tinyllama_mpi)
+set_target_properties(tinyllama_mpi PROPERTIES EXPORT_NAME mpi)
+target_link_libraries(tinyllama_mpi INTERFACE tinyllama_training MPI::MPI_CXX)
+set(tinyllama_mpi_definitions TINYLLAMA_MPI OMPI_SKIP_MPICXX MPICH_SKIP_MPICXX)
+target_compile_definitions(tinyllama_mpi INTERFACE ${tinyllama_mpi_definitions})
+
 # tinyllama::cuda: tinyllama::tinyllama and the CUDA device, for units of either language. The kernels are a .cu source that each program compiles once:
 # its project enables CUDA and has find_package(CUDAToolkit).
 add_library(tinyllama_cuda INTERFACE)

@@ -35,6 +35,18 @@ if(tinyllama_with_cuda)
   target_link_libraries(tinyllama_own_cuda PUBLIC tinyllama_own CUDA::cudart_static CUDA::cublasLt)
 endif()
 
+# MPI, for programs that mpirun may start; without it they are the same for one process.
+add_library(tinyllama_own_mpi INTERFACE)
+if(NOT CMAKE_CROSSCOMPILING)
+  find_package(MPI QUIET COMPONENTS CXX)
+  if(TARGET MPI::MPI_CXX)
+    target_link_libraries(tinyllama_own_mpi INTERFACE MPI::MPI_CXX)
+    target_compile_definitions(tinyllama_own_mpi INTERFACE ${tinyllama_mpi_definitions})
+  else()
+    message(STATUS "tinyllama: no MPI (Debian: libopenmpi-dev); training stays in one process")
+  endif()
+endif()
+
 # tinyllama_program(NAME SOURCES... [STATIC_DISPATCH] [NATIVE] [CUDA] [PACKAGES targets...]); targets that were not found are left out, CUDA too.
 function(tinyllama_program name)
   cmake_parse_arguments(ARG "STATIC_DISPATCH;NATIVE;CUDA" "" "PACKAGES" ${ARGN})

@@ -1,4 +1,5 @@
-// finetune: teaches a model conversations (all weights, or LoRA adapters), or preferences between answers (DPO), from JSONL.
+// finetune: teaches a model conversations (all weights, or LoRA adapters), or preferences between answers (DPO), from JSONL. Under mpirun the ranks share the
+// rows, or pairs, of each step.
 #include <tinyllama/io/tokenizer_file.hpp>
 #include <tinyllama/train/adapter_file.hpp>
 #include <tinyllama/train/conversations.hpp>
@@ -10,6 +11,7 @@
 #include <chrono>
 #include <numeric>
 
+#include "ranks.hpp"
 #include "train_options.hpp"
 
 namespace tl = tinyllama;
@@ -18,6 +20,7 @@ namespace {
 
 struct Options {
   example::OptimizerOptions optimizer;
+  example::Ranks ranks;
   std::string model, data, out, merged, chat_template, schedule = "cosine";
   std::vector<std::string> targets{"q", "k", "v", "o", "gate", "up", "down"};
   int rank = 16, epochs = 3, batch = 4;
@@ -48,6 +51,7 @@ struct Options {
     app.add_option("--warmup", warmup, "share of the steps")->check(CLI::Range(0.0, 1.0))->capture_default_str();
     app.add_flag("--json", as_json, "one JSON object at the end, nothing else");
     optimizer.add_to(app);
+    ranks.add_to(app);
   }
   std::optional<tl::ChatTemplate> chosen_template() const {
     return chat_template.empty() ? std::nullopt : std::optional(tl::parse_chat_template(chat_template));
@@ -97,7 +101,7 @@ std::vector<float> learn_answers(tl::Trainer<tl::any_llama>& trainer, const Opti
   std::vector<float> epochs;
   std::vector<std::int32_t> inputs, targets;
   std::vector<tl::Sequence> batch;
-  Progress progress(steps, o.as_json);
+  Progress progress(steps, o.as_json || !o.ranks.first());
   const auto T = static_cast<std::size_t>(o.tokens);
   for (int epoch = 0; epoch < o.epochs; ++epoch) {
     const tl::Packing p = tl::pack_samples(samples, {.tokens = o.tokens, .seed = o.optimizer.trainer.seed + static_cast<std::uint64_t>(epoch)});
@@ -108,8 +112,9 @@ std::vector<float> learn_answers(tl::Trainer<tl::any_llama>& trainer, const Opti
       std::int64_t here = 0;
       for (std::size_t r = 0; r < rows; ++r)
         for (const tl::PackedSample& s : p.rows[row + r]) here += samples[s.sample].counted();
-      trainer.begin_step();
-      for (std::size_t r = 0; r < rows; ++r) {  // a row is a micro-batch
+      const tl::Interval mine = o.ranks.share(rows);
+      trainer.begin_step(mine.size());
+      for (auto r = static_cast<std::size_t>(mine.begin); r < static_cast<std::size_t>(mine.end); ++r) {  // a row is a micro-batch
         inputs.assign(T, 0), targets.assign(T, tl::not_counted), batch.clear();
         tl::write_packed_row(p, row + r, samples, inputs, targets);
         tl::append_sequences(p, row + r, 0, batch);
@@ -130,7 +135,7 @@ std::vector<float> learn_preferences(tl::Trainer<tl::any_llama>& trainer, const 
   std::vector<tl::PairLogProbabilities> reference;
   for (const tl::PreferencePair& p : pairs) reference.push_back(tl::log_probabilities(trainer, p));
   std::vector<float> epochs;
-  Progress progress(steps, o.as_json);
+  Progress progress(steps, o.as_json || !o.ranks.first());
   for (int epoch = 0; epoch < o.epochs; ++epoch) {
     for (std::size_t i = pairs.size(); i > 1; --i) {
       const std::size_t j = tl::random_bits(o.optimizer.trainer.seed + static_cast<std::uint64_t>(epoch), i) % i;
@@ -155,6 +160,11 @@ std::vector<float> learn_preferences(tl::Trainer<tl::any_llama>& trainer, const 
 }
 
 void save(tl::Trainer<tl::any_llama>& trainer, const Options& o, const tl::Checkpoint& file, const tl::Vocabulary& vocabulary) {
+  const std::vector<float> all = o.full && trainer.sharding() == tl::Sharding::fsdp ? trainer.whole(trainer.weights()) : std::vector<float>();
+  std::span<const float> learned = trainer.weights();  // collective, as are the others; behind them rank 0 is alone
+  if (!all.empty()) learned = all;
+  if (trainer.peers()) trainer.peers()->finish_sharing_weights();
+  if (!o.ranks.first()) return;
   const std::filesystem::path tokenizer = file.gguf() ? std::filesystem::path() : file.folder();
   const tl::any_llama& c = trainer.config();
   const auto write = [&](const std::string& path, std::span<const float> weights) {
@@ -162,7 +172,7 @@ void save(tl::Trainer<tl::any_llama>& trainer, const Options& o, const tl::Check
     if (path.ends_with(".gguf")) return tl::save_gguf(model, path, {.mixture = tl::Format::f16, .vocabulary = &vocabulary});
     tl::save_safetensors(model, path, {.format = tl::Format::f32});
   };
-  if (o.full) return write(o.out, trainer.weights());
+  if (o.full) return write(o.out, learned);
   tl::save_adapters(o.out, c, *trainer.options().lora, trainer.adapters(), o.model);
   if (o.merged.empty()) return;
   tl::merge_adapters(trainer.device(), c, *trainer.options().lora, trainer.weights(), trainer.adapters());
@@ -177,6 +187,7 @@ int main(int argc, char** argv) {
   o.optimizer.trainer.peak_lr = 1e-3f, o.optimizer.trainer.weight_decay = 0, o.optimizer.betas = {0.9f, 0.999f};
   o.add_to(app);
   return example::run_main(argc, argv, app, [&] {
+    if (!o.ranks.start()) return;
     const tl::Checkpoint file = tl::open_checkpoint(o.model);
     const auto tokenizer = tl::checkpoint_tokenizer(file);
     if (!tokenizer) throw tl::Error(o.model, "tokenizer", "one in the file or beside it", "none");
@@ -196,12 +207,13 @@ int main(int argc, char** argv) {
     const std::size_t units = o.dpo ? pairs.size() : tl::pack_samples(samples, {.tokens = o.tokens}).rows.size();
     const auto steps = static_cast<std::int64_t>((units + static_cast<std::size_t>(o.batch) - 1) / static_cast<std::size_t>(o.batch)) * o.epochs;
 
-    tl::Cpu dev({.threads = o.optimizer.threads, .kernels = nullptr});
-    tl::Trainer<tl::any_llama> trainer(dev, file, o.trainer(steps), file.config);
+    tl::Cpu dev({.threads = o.ranks.threads(o.optimizer.threads), .kernels = nullptr});
+    tl::Trainer<tl::any_llama> trainer(dev, file, o.trainer(steps), file.config, o.ranks.peers(dev));
     float accuracy = 0;
     double rate = 0;
     const std::vector<float> losses = o.dpo ? learn_preferences(trainer, o, std::move(pairs), steps, accuracy, rate) : learn_answers(trainer, o, samples, steps, rate);
     save(trainer, o, file, tokenizer->vocabulary());
+    if (!o.ranks.first()) return;
     if (o.as_json) {
       nlohmann::json j{{"losses", losses}, {"steps", trainer.steps()}, {"dropped", dropped}, {"tokens_per_second", rate}, {"peak_bytes", example::status_bytes("VmHWM")}};
       if (o.dpo) j["accuracy"] = accuracy;

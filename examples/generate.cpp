@@ -51,7 +51,7 @@ void run(const example::ModelOptions& m, const std::string& prompt, tl::Generate
     const auto plan = tl::memory_plan<Device>(file, {.tokens = session.cache().context() < session.length() + options.max_tokens
                                                             ? session.cache().context()
                                                             : static_cast<tl::index_t>(prompt_tokens) + options.max_tokens,
-                                             .chunk = std::min<tl::index_t>(options.chunk, std::max<tl::index_t>(1, static_cast<tl::index_t>(prompt_tokens))),
+                                             .chunk = std::min<tl::index_t>(tl::prefill_chunk<Device>(options.chunk), std::max<tl::index_t>(1, static_cast<tl::index_t>(prompt_tokens))),
                                              .cache = m.cache_format()});
     nlohmann::json out = {{"text", text},
                           {"tokens", ids.size()},

@@ -79,7 +79,7 @@ inline void add_generate_options(CLI::App& app, tinyllama::GenerateOptions& o) {
   app.add_option("--frequency-penalty", o.frequency_penalty)->capture_default_str();
   app.add_option("--seed", o.seed, "the same seed gives the same text")->capture_default_str();
   app.add_option("--stop", o.stop_strings, "end before this text (may be repeated)");
-  app.add_option("--chunk", o.chunk, "tokens of a prefill step")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--chunk", o.chunk, "tokens of a prefill step; 0: as many as suit the device")->check(CLI::NonNegativeNumber)->capture_default_str();
 }
 
 }  // namespace example

@@ -1,4 +1,5 @@
-// pretrain: trains a model of any shape on packed data, from the beginning or from a checkpoint, and goes on where it was stopped or killed.
+// pretrain: trains a model of any shape on packed data, from the beginning or from a checkpoint, and goes on where it was stopped or killed. Under mpirun the
+// ranks share the rows of each step, and rank 0 shows and logs.
 #include <tinyllama/io/tokenizer_file.hpp>
 #include <tinyllama/train/run.hpp>
 
@@ -6,6 +7,7 @@
 
 #include <csignal>
 
+#include "ranks.hpp"
 #include "run_display.hpp"
 #include "train_options.hpp"
 
@@ -18,6 +20,7 @@ volatile std::sig_atomic_t stop_asked = 0;
 
 struct Options {
   example::OptimizerOptions optimizer;
+  example::Ranks ranks;
   std::string preset, from, validation, stages, schedule = "cosine";
   std::vector<std::string> shape, data;
   fs::path tokenizer;
@@ -105,13 +108,20 @@ tl::Schedule make_schedule(const Options& o, std::int64_t steps) {
           .decay_steps = o.decay_steps > 0 ? o.decay_steps : std::max<std::int64_t>(1, steps / 10)};
 }
 
-/// The loop of train/run.hpp, with a log.
-nlohmann::json train(tl::TrainingRun<tl::any_llama>& run, const tl::DataLoader& data, double flops_per_token, double peak,
-                     example::RunFiles& files, const Options& o) {
-  example::RunDisplay display(o.as_json, o.log_every);
+/// Whether a rank was asked to stop: then all do, behind the same step.
+bool stopping(tl::Peers<tl::Cpu>* peers) {
+  double asked = stop_asked;
+  if (peers) peers->most({&asked, 1});
+  return asked > 0;
+}
+
+/// The loop of train/run.hpp, with a log on rank 0 (`files`).
+nlohmann::json train(tl::TrainingRun<tl::any_llama>& run, tl::Peers<tl::Cpu>* peers, const tl::DataLoader& data, double flops_per_token, double peak,
+                     std::optional<example::RunFiles>& files, const Options& o) {
+  example::RunDisplay display(o.as_json || !files, o.log_every);
   example::RunRow row{.steps = run.total_steps()};
   std::int64_t tokens = 0, skipped = 0;
-  while (!run.done() && !stop_asked) {
+  while (!run.done() && !stopping(peers)) {
     const auto start = std::chrono::steady_clock::now();
     row.report = run.step();
     const double seconds = example::seconds_since(start);
@@ -119,17 +129,18 @@ nlohmann::json train(tl::TrainingRun<tl::any_llama>& run, const tl::DataLoader& 
     row.rate = static_cast<double>(run.step_tokens()) / seconds, row.share = row.rate * flops_per_token / peak, row.seconds += seconds;
     tokens += run.step_tokens(), skipped += row.report.skipped;
     row.validation_loss = run.validation_due() ? run.validate() : std::numeric_limits<double>::quiet_NaN();
-    files.add(row);
+    if (files) files->add(row);
     display.show(row);
-    if (run.validation_due() || run.save_due()) files.draw();
+    if (files && (run.validation_due() || run.save_due())) files->draw();
     if (run.save_due()) run.save();
   }
   if (!run.done()) {
-    files.draw();
+    if (files) files->draw();
     if (!run.saved()) run.save();
     display.say("stopped after step " + std::to_string(run.steps()) + "; the same command goes on");
   }
-  const auto &losses = files.training().values, &validated = files.validation().values;  // of the run, not only of this process
+  if (!files) return {};
+  const auto &losses = files->training().values, &validated = files->validation().values;  // of the run, not only of this process
   nlohmann::json summary{{"steps", run.steps()}, {"stopped", !run.done()}, {"tokens", run.tokens()},
                          {"loss", losses.empty() ? nlohmann::json() : nlohmann::json(losses.back())},
                          {"validation_loss", validated.empty() ? nlohmann::json() : nlohmann::json(validated.back())},
@@ -139,7 +150,8 @@ nlohmann::json train(tl::TrainingRun<tl::any_llama>& run, const tl::DataLoader& 
   return summary;
 }
 
-void pretrain(const Options& o) {
+void pretrain(Options& o) {
+  if (!o.ranks.start()) return;
   std::optional<tl::Checkpoint> file;
   if (!o.from.empty()) file.emplace(tl::open_checkpoint(o.from));
   const tl::any_llama config = file ? file->config : o.preset.empty() ? parse_shape(o.shape) : find_preset(o.preset);
@@ -161,7 +173,9 @@ void pretrain(const Options& o) {
   for (const std::string& text : o.data) sources.push_back(open_source(text));
   tl::TrainerOptions learning = o.optimizer.parsed();
   const tl::DataLoaderOptions reading{.tokens = T, .seed = learning.seed, .vocab = config.vocab};
-  const tl::DataLoader data(sources, data_stages(schedule, o.batch), reading);
+  tl::DataLoaderOptions sharing = reading;
+  sharing.rank = o.ranks.rank(), sharing.ranks = o.ranks.size();
+  const tl::DataLoader data(sources, data_stages(schedule, o.batch), sharing);
   std::optional<tl::DataLoader> validation;
   if (!o.validation.empty()) validation.emplace(open_source(o.validation), 1, reading);
   how.validation_blocks = o.validation_batches * o.batch;
@@ -174,35 +188,41 @@ void pretrain(const Options& o) {
     schedule.schedule = make_schedule(o, how.steps);
   }
 
-  tl::Cpu dev({.threads = o.optimizer.threads, .kernels = nullptr});
+  tl::Cpu dev({.threads = o.ranks.threads(o.optimizer.threads), .kernels = nullptr});
+  tl::Peers<tl::Cpu>* const peers = o.ranks.peers(dev);
   learning.schedule = schedule, learning.tokens = T;
   using Trainer = tl::Trainer<tl::any_llama>;
-  Trainer trainer = file ? Trainer(dev, *file, learning, config) : Trainer(dev, learning, config);
+  Trainer trainer = file ? Trainer(dev, *file, learning, config, peers) : Trainer(dev, learning, config, peers);
   tl::TrainingRun<tl::any_llama> run(trainer, data, validation ? &*validation : nullptr, how);
   const bool resumed = run.resume();
   if (o.resume && !resumed) throw tl::Error(how.folder.string(), "", "a checkpoint to resume from", "none");
-  fs::create_directories(how.folder);
+  const bool shows = o.ranks.first();
+  if (shows) fs::create_directories(how.folder);
 
   const auto or_in_folder = [&](const fs::path& p, const char* name) { return p.empty() ? how.folder / name : p; };
   const std::string name = std::to_string(tl::parameter_count(config) / 1000) + "k parameters, " + std::to_string(config.layers) + " layers of " +
                            std::to_string(config.hidden);
-  example::RunFiles files({or_in_folder(o.files.csv, "log.csv"), or_in_folder(o.files.svg, "loss.svg"), o.files.tensorboard}, "Pretraining: " + name,
-                          resumed ? std::optional(run.steps()) : std::nullopt);
-  const double peak = o.peak_gflops > 0 ? o.peak_gflops * 1e9 : example::measured_peak(dev, learning.precision);
+  std::optional<example::RunFiles> files;
+  if (shows)
+    files.emplace(example::RunFiles::Paths{or_in_folder(o.files.csv, "log.csv"), or_in_folder(o.files.svg, "loss.svg"), o.files.tensorboard}, "Pretraining: " + name,
+                  resumed ? std::optional(run.steps()) : std::nullopt);
+  const double peak = o.peak_gflops > 0 ? o.peak_gflops * 1e9 : o.ranks.size() * example::measured_peak(dev, learning.precision);
   tl::any_llama seen = config;  // attention reaches T far, whatever the model's context
   seen.context = static_cast<int>(T);
-  if (!o.as_json)
+  if (!o.as_json && shows)
     std::cout << name << "; " << run.total_steps() << " steps" << (resumed ? " from checkpoint " + std::to_string(run.steps()) : "") << "; "
-              << dev.threads() << " threads, " << dev.instruction_set() << ", " << o.optimizer.precision << " peak "
+              << (o.ranks.size() > 1 ? std::to_string(o.ranks.size()) + " ranks (" + o.ranks.parallel() + ") of " : "") << dev.threads() << " threads, " << dev.instruction_set() << ", " << o.optimizer.precision << " peak "
               << std::llround(peak * 1e-9) << " GFLOP/s" << std::endl;
 
-  nlohmann::json summary = train(run, data, static_cast<double>(tl::training_flops_per_token(seen)), peak, files, o);
+  nlohmann::json summary = train(run, peers, data, static_cast<double>(tl::training_flops_per_token(seen)), peak, files, o);
+  if (!shows) return;
   const auto newest = tl::latest_checkpoint(how.folder);
-  const std::int64_t micro = learning.micro_rows > 0 ? learning.micro_rows : o.batch;
+  const std::int64_t micro = learning.micro_rows > 0 ? learning.micro_rows : (o.batch + o.ranks.size() - 1) / o.ranks.size();
   const tl::TrainingPlan plan = tl::training_plan(config, {.batch = micro, .tokens = T, .checkpointing = learning.checkpointing,
-                                                           .precision = learning.precision, .threads = dev.threads()});
+                                                           .precision = learning.precision, .threads = dev.threads(), .sharding = o.ranks.sharding(),
+                                                           .ranks = o.ranks.size()});
   summary.update({{"checkpoint", newest ? newest->string() : ""}, {"resumed", resumed}, {"parameters", tl::parameter_count(config)},
-                  {"peak_flops", peak}, {"threads", dev.threads()}, {"instruction_set", dev.instruction_set()}, {"peak_bytes", example::status_bytes("VmHWM")},
+                  {"peak_flops", peak}, {"threads", dev.threads()}, {"ranks", o.ranks.size()}, {"instruction_set", dev.instruction_set()}, {"peak_bytes", example::status_bytes("VmHWM")},
                   {"planned_bytes", plan.total()}});
   if (o.as_json) {
     std::cout << summary << '\n';
@@ -220,6 +240,7 @@ int main(int argc, char** argv) {
   CLI::App app("Trains a model on packed data. The same command goes on from the newest checkpoint in OUT; an interrupt saves one first.");
   Options o;
   o.optimizer.add_to(app);
+  o.ranks.add_to(app);
   auto* model = app.add_option_group("Model", "one of");
   model->require_option(1);
   model->add_option("--preset", o.preset, "a shape that has a name, from new weights");
@@ -229,7 +250,7 @@ int main(int argc, char** argv) {
   app.add_option("--data", o.data, "FOLDER/PREFIX[:WEIGHT] of packed data; several are mixed by weight")->required();
   app.add_option("--validation", o.validation, "FOLDER/PREFIX of packed data that is not trained on");
   app.add_option("--tokens", o.tokens, "T of a row; 0: the context, at most 2048")->check(CLI::NonNegativeNumber);
-  app.add_option("--batch", o.batch, "rows of a step")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--batch", o.batch, "rows of a step, over all ranks")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--micro-rows", o.optimizer.trainer.micro_rows, "rows at a time, whose gradients are added up; 0: all of a step")
       ->check(CLI::NonNegativeNumber);
   auto* length = app.add_option_group("Length", "one of");

@@ -1,4 +1,5 @@
-// train_step: N optimizer steps on one batch of ids, for comparing with other software: losses, gradients, and the model behind them.
+// train_step: N optimizer steps on one batch of ids, for comparing with other software: losses, gradients, and the model behind them. Under mpirun the ranks share
+// the batch's rows, and rank 0 writes.
 #include <xtensor/xnpy.hpp>
 
 #include <nlohmann/json.hpp>
@@ -6,6 +7,7 @@
 #include <chrono>
 #include <optional>
 
+#include "ranks.hpp"
 #include "train_options.hpp"
 
 namespace tl = tinyllama;
@@ -44,10 +46,12 @@ std::vector<std::int32_t> narrowed(const xt::xarray<std::int64_t>& ids, const st
 int main(int argc, char** argv) {
   CLI::App app("Runs N AdamW steps on one batch: losses, the first step's gradients, and the model after the last.");
   example::OptimizerOptions options;
+  example::Ranks ranks;
   std::string model, inputs_path, targets_path, gradients, save;
   int steps = 1;
   bool as_json = false;
   options.add_to(app);
+  ranks.add_to(app);
   app.add_option("--model", model, "a folder in Hugging Face layout, or a GGUF file")->required();
   app.add_option("--inputs", inputs_path, "[B, T] ids, .npy of int32 or int64")->required();
   app.add_option("--targets", targets_path, "[B, T] next ids; -100 does not count")->required();
@@ -57,30 +61,40 @@ int main(int argc, char** argv) {
   app.add_option("--save", save, "folder for the model after the last step");
   app.add_flag("--json", as_json, "one JSON object");
   return example::run_main(argc, argv, app, [&] {
+    if (!ranks.start()) return;
     const auto ids = read_ids(inputs_path), next = read_ids(targets_path);
     if (ids.shape() != next.shape()) throw tl::Error(targets_path, "shape", "that of " + inputs_path, "another");
     const auto inputs = narrowed(ids, inputs_path), targets = narrowed(next, targets_path);
+    const tl::Interval rows = ranks.share(ids.shape(0));
+    const auto mine = [&](const std::vector<std::int32_t>& all) {
+      return std::span(all).subspan(static_cast<std::size_t>(rows.begin) * ids.shape(1), static_cast<std::size_t>(rows.size()) * ids.shape(1));
+    };
     const tl::Checkpoint file = tl::open_checkpoint(model);
-    tl::Cpu dev({.threads = options.threads, .kernels = nullptr});
+    tl::Cpu dev({.threads = ranks.threads(options.threads), .kernels = nullptr});
     tl::TrainerOptions how = options.parsed();
     how.tokens = static_cast<tl::index_t>(ids.shape(1));
-    tl::Trainer<tl::any_llama> trainer(dev, file, how, file.config);
+    tl::Trainer<tl::any_llama> trainer(dev, file, how, file.config, ranks.peers(dev));
 
     std::vector<float> losses, norms;
     double seconds = 0;  // of the steps behind the first, which takes its memory
     for (int i = 0; i < steps; ++i) {
       const auto start = std::chrono::steady_clock::now();
-      losses.push_back(trainer.step(inputs, targets));
+      losses.push_back(trainer.step(mine(inputs), mine(targets)));
       if (i > 0 || steps == 1) seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
       norms.push_back(trainer.report().gradient_norm);
-      if (i == 0 && !gradients.empty()) example::write_parameters(gradients, file.config, trainer.gradients());
-      if (!as_json) std::cout << "step " << i + 1 << "  loss " << losses.back() << "  gradient norm " << norms.back() << std::endl;
+      if (i == 0 && !gradients.empty())
+        if (const std::vector<float> all = trainer.whole_gradients(); ranks.first()) example::write_parameters(gradients, file.config, all);
+      if (!as_json && ranks.first()) std::cout << "step " << i + 1 << "  loss " << losses.back() << "  gradient norm " << norms.back() << std::endl;
     }
-    if (!save.empty()) tl::save_safetensors(tl::FlatModel(file.config, trainer.weights(), file.folder()), save, {.format = tl::Format::f32});
+    if (!save.empty())
+      if (const std::vector<float> all = trainer.whole(trainer.weights()); ranks.first())
+        tl::save_safetensors(tl::FlatModel(file.config, all, file.folder()), save, {.format = tl::Format::f32});
+    if (!ranks.first()) return;
     const double rate = static_cast<double>(inputs.size()) * std::max(1, steps - 1) / seconds;
     if (as_json)
       std::cout << nlohmann::json{{"losses", losses}, {"gradient_norms", norms}, {"tokens_per_second", rate}, {"peak_bytes", example::status_bytes("VmHWM")},
-                                  {"instruction_set", dev.instruction_set()}, {"precision", options.precision}, {"threads", dev.threads()}} << '\n';
+                                  {"instruction_set", dev.instruction_set()}, {"precision", options.precision}, {"threads", dev.threads()},
+                                  {"ranks", ranks.size()}, {"parallel", ranks.parallel()}, {"trainer_bytes", trainer.bytes()}} << '\n';
     else std::cout << rate << " tokens/s\n";
   });
 }

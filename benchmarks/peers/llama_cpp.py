@@ -30,13 +30,13 @@ def our_speed(o, file, kind, n):
     """Tokens/s, and the bandwidth that the same process measured."""
     work = f"prefill/{n}" if kind == "pp" else "batch/1"
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
-        printed = output([o.ours / "model_bench", f"--model={file}", f"--benchmark_filter=/{work}(/|$)", f"--benchmark_repetitions={o.repetitions}",
+        output([o.ours / "model_bench", f"--model={file}", f"--benchmark_filter=/{work}(/|$)", f"--benchmark_repetitions={o.repetitions}",
                           f"--benchmark_min_time={o.seconds}", f"--benchmark_out={report.name}", "--benchmark_out_format=json"])
-        runs = [r for r in json.load(open(report.name))["benchmarks"] if r["run_type"] == "iteration"]
+        told = json.load(open(report.name))
+        runs = [r for r in told["benchmarks"] if r["run_type"] == "iteration"]
     if not runs:
         sys.exit(f"{o.ours}/model_bench knows no {work}")
-    read = re.search(r"limits: read ([\d.]+)", printed)
-    return statistics.median(r["tokens/s"] for r in runs), float(read[1]) if read else 0.0
+    return statistics.median(r["tokens/s"] for r in runs), float(told["context"]["limit: read GB/s"].split()[0])
 
 
 def peer_speed(o, file, kind, n, options):

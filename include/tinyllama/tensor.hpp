@@ -25,7 +25,8 @@ inline constexpr bool is_view<View<T, E...>> = true;
 /// matmul of device/operations.hpp for whatever turns into a view: y [T, N] = x [T, K] w^T, with w [N, K] a Matrix or Linear in any
 /// storage format, or a tensor of f32, f16 or bf16.
 template <class D, class Y, class X, class W>
-  requires(!(detail::is_view<std::remove_cvref_t<Y>> && detail::is_view<X> && (detail::is_view<W> || std::is_convertible_v<const W&, Linear>)))
+  requires(!(detail::is_view<std::remove_cvref_t<Y>> && detail::is_view<X> && (detail::is_view<W> || std::is_convertible_v<const W&, Linear>)) &&
+           (std::is_convertible_v<const W&, Linear> || requires(const W& w) { as_view(w); }))
 void matmul(D& dev, Y&& y, const X& x, const W& w) {
   if constexpr (std::is_convertible_v<const W&, Linear>)
     matmul(dev, as_view(y), as_view(x), Linear(w));

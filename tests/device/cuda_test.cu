@@ -1,5 +1,6 @@
 // Each operation of CudaDevice against the CPU's reference kernels, at awkward sizes, for both types of activations.
 #include "tinyllama/cuda.hpp"
+#include "tinyllama/generate/sampler.hpp"
 
 #include "tests/kernels/agree.hpp"
 
@@ -94,6 +95,23 @@ TEST_CASE("cuda: memory, and what cannot be had") {
   CHECK(before == after);
 }
 
+TEST_CASE("cuda: the memory plan counts what a card holds") {
+  constexpr PlanOptions o{.batch = 1, .tokens = 64, .weights = Format::bf16};
+  constexpr MemoryPlan cpu = memory_plan<tinyllama_1b>(o), card = memory_plan<tinyllama_1b, Cuda>(o);
+  static_assert(card.weights == cpu.weights && card.cache == cpu.cache);
+  static_assert(card.activations < cpu.activations + Cuda::blas_workspace + Cuda::weights_scratch);
+  if (no_card()) return;
+  Cuda dev;
+  for (const FormatInfo& f : formats) {
+    Random random(9);
+    const TestMatrix w(f.format, 48, 512, random);
+    const Memory<Cuda> memory(dev, Cuda::packed_bytes(f.format, 48, 512));
+    const Matrix m = dev.pack(memory.data(), {f.format, false, 48, 512, w.stored.data()});
+    CHECK(m.packed);
+    CHECK(memory.bytes() <= 48 * ((static_cast<std::size_t>(row_bytes(f.format, 512)) + 15) / 16 * 16));  // nothing but the padding of rows
+  }
+}
+
 TEST_CASE_TEMPLATE("cuda: rmsnorm, add and add_rmsnorm", A, float, bf16) {
   if (no_card()) return;
   using D = CudaDevice<A>;
@@ -172,6 +190,48 @@ TEST_CASE_TEMPLATE("cuda: swiglu and softmax", A, float, bf16) {
     for (index_t t = 0; t < rows; ++t) reference::softmax(expected.data() + t * n, x.data() + t * n, n, 0.7f);
     check_close(xs.get(), expected, [&](index_t i) { return 60 * eps * expected[static_cast<std::size_t>(i)] + 1e-9; });
   }
+}
+
+TEST_CASE("cuda: sampling draws what the host's sampler draws") {
+  if (no_card()) return;
+  Cuda dev;
+  struct Options { float temperature, top_p, min_p; int top_k; };
+  const std::vector<Options> all{{0.0f, 1, 0, 0}, {1.0f, 1, 0, 0}, {0.8f, 0.95f, 0, 0}, {1.5f, 0.5f, 0, 0}, {0.7f, 1, 0, 40}, {1.0f, 0.9f, 0.05f, 20}, {1.0f, 0.01f, 0, 0}, {2.0f, 0.99f, 0.001f, 1}, {1.0f, 1, 0.5f, 100000}};
+  for (const index_t n : {1, 5, 331, 32000, 50257})
+    for (const bool ties : {false, true}) {
+      CAPTURE(n);
+      CAPTURE(ties);
+      Random random(static_cast<std::uint32_t>(n));
+      const auto rows = static_cast<index_t>(all.size());
+      auto logits = random.vector(rows * n, 4.0f);
+      if (ties)
+        for (float& x : logits) x = std::round(x);
+      OnCard<Cuda, float> x(dev, logits, rows, n, n + 3);
+      OnCard<Cuda, float> ids(dev, rows, 1);
+      for (std::uint64_t seed = 0; seed < 12; ++seed) {
+        std::vector<Draw> draws;
+        std::vector<std::int32_t> expected, found(all.size());
+        for (std::size_t r = 0; r < all.size(); ++r) {
+          SamplingOptions o{.temperature = all[r].temperature, .top_k = all[r].top_k, .top_p = all[r].top_p, .min_p = all[r].min_p, .seed = seed};
+          draws.push_back(*Sampler(o).draw());
+          expected.push_back(Sampler(o).sample(std::span<const float>(logits).subspan(r * static_cast<std::size_t>(n), static_cast<std::size_t>(n))));
+        }
+        dev.sample(reinterpret_cast<std::int32_t*>(ids.memory.data()), x.view(), draws);
+        dev.download(found.data(), ids.memory.data(), found.size() * sizeof(std::int32_t));
+        REQUIRE(found == expected);
+      }
+    }
+  // Bad rows say so.
+  std::vector<float> bad(200, -INFINITY);
+  bad[150] = not_a_number;
+  OnCard<Cuda, float> x(dev, bad, 2, 100);
+  OnCard<Cuda, float> ids(dev, 2, 1);
+  const std::vector<Draw> draws{{1.0f, 1, 0, 0, 0.5}, {0.0f, 1, 0, 0, 0}};
+  dev.sample(reinterpret_cast<std::int32_t*>(ids.memory.data()), x.view(), draws);
+  std::int32_t found[2];
+  dev.download(found, ids.memory.data(), sizeof found);
+  CHECK(found[0] == -1);
+  CHECK(found[1] == -1);
 }
 
 TEST_CASE_TEMPLATE("cuda: embedding, last rows and argmax", A, float, bf16) {

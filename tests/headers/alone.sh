@@ -9,6 +9,7 @@ check() {
   # Headers of optional packages are checked where the package is.
   case $header in
     tinyllama/tensor/xtensor.hpp) grep -q XTENSOR "$flags" || return 0 ;;
+    tinyllama/distributed/mpi.hpp) grep -q TINYLLAMA_MPI "$flags" || return 0 ;;
     tinyllama/cuda.hpp) return 0 ;;
   esac
   printf '#include "%s"\n' "$header" |

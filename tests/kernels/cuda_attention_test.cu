@@ -137,10 +137,9 @@ struct TestBatch {
 /// A plan on the device.
 struct DevicePlan {
   DeviceArray<cuda::AttentionItem> items;
-  DeviceArray<std::int32_t> first;
   DeviceArray<std::byte> scratch;
   DeviceArray<unsigned> counters;
-  DevicePlan(const cuda::AttentionPlan& plan, index_t head_dim) : items(plan.items), first(plan.first), scratch(plan.scratch_bytes(head_dim)),
+  DevicePlan(const cuda::AttentionPlan& plan, index_t head_dim) : items(plan.items), scratch(plan.scratch_bytes(head_dim)),
       counters(static_cast<std::size_t>(plan.parts), 0) {}
 };
 
@@ -152,8 +151,19 @@ std::vector<O> run(const TestBatch& b, const cuda::AttentionPlan& plan, const De
   a.q = q.data(), a.out = out.data(), a.ldq = a.ldo = ld, a.head_dim = static_cast<int>(b.shape.head_dim), a.group = static_cast<int>(b.group);
   a.scale = 1.0f / std::sqrt(static_cast<float>(b.shape.head_dim)), a.format = b.shape.format, a.pages = b.table->data();
   a.k_offset = b.shape.k_offset(TestBatch::layer, 0), a.v_offset = b.shape.v_offset(TestBatch::layer, 0), a.head_bytes = b.shape.head_bytes();
-  a.items = p.items.data(), a.first = p.first.data(), a.blocks = plan.blocks(), a.tile_rows = plan.tile_rows, a.parts = plan.parts;
+  a.items = p.items.data(), a.blocks = plan.blocks, a.tile_rows = plan.tile_rows, a.parts = plan.parts;
   a.scratch = reinterpret_cast<float*>(p.scratch.data()), a.counters = p.counters.data();
+  std::unique_ptr<DeviceArray<std::byte>> expanded;
+  std::unique_ptr<DeviceArray<const std::byte*>> expanded_table;
+  if (kernel == cuda::AttentionKernel::flash && (a.format == Format::q8_0 || a.format == Format::f32)) {
+    expanded = std::make_unique<DeviceArray<std::byte>>(static_cast<std::size_t>(b.table_pages * cuda::expanded_page_bytes(b.shape.kv_heads, a.head_dim)));
+    expanded_table = std::make_unique<DeviceArray<const std::byte*>>(static_cast<std::size_t>(b.table_pages));
+    cuda::ExpandArgs e{};
+    e.format = a.format, e.head_dim = a.head_dim, e.kv_heads = static_cast<int>(b.shape.kv_heads), e.count = static_cast<int>(b.table_pages), e.pages = a.pages;
+    e.k_offset = a.k_offset, e.v_offset = a.v_offset, e.head_bytes = a.head_bytes, e.out = expanded->data(), e.out_pages = expanded_table->data();
+    cuda::expand_cache(nullptr, e);
+    a.format = Format::bf16, a.pages = expanded_table->data(), a.k_offset = 0, a.head_bytes = cuda::expanded_head_bytes(a.head_dim), a.v_offset = a.head_bytes / 2;
+  }
   for (int i = 0; i < repeats; ++i) {
     if (kernel == cuda::AttentionKernel::any) cuda::attention_any(nullptr, a);
     if constexpr (std::is_same_v<Q, bf16>) {
@@ -200,6 +210,8 @@ void check_plan(const TestBatch& b, const cuda::AttentionPlan& plan, cuda::Atten
   CHECK(touched == 0);
   const bool tensor = kernel != cuda::AttentionKernel::any;
   const double p_rounding = !tensor ? 0 : b.shape.format == Format::f16 ? 0x1p-11 : 0x1p-8, eps = 0x1p-23, out_rounding = std::is_same_v<O, bf16> ? 0x1p-8 : 0;
+  // A cache expanded to bf16 is rounded once more: scores err by up to 2^-8 of the sum of their terms' sizes, which multiplies numerator and denominator.
+  const double k_rounding = kernel == cuda::AttentionKernel::flash && (b.shape.format == Format::q8_0 || b.shape.format == Format::f32) ? 0x1p-8 : 0;
   struct Task { std::size_t sequence; index_t token, head; };
   std::vector<Task> tasks;
   for (std::size_t s = 0; s < b.sequences.size(); ++s)
@@ -236,7 +248,7 @@ void check_plan(const TestBatch& b, const cuda::AttentionPlan& plan, cuda::Atten
         for (index_t d = 0; d < hd; ++d) {
           const double expected = static_cast<double>(o[static_cast<std::size_t>(r * stride + d)]) / sum[static_cast<std::size_t>(r)];
           const double found = static_cast<float>(got[static_cast<std::size_t>(row + r * hd + d)]);
-          const double bound = weighted[static_cast<std::size_t>(d)] * (p_rounding * 1.05 + 16 * eps * (most + 4)) + std::fabs(expected) * (out_rounding * 1.05 + 4 * eps) + 1e-30;
+          const double bound = weighted[static_cast<std::size_t>(d)] * (p_rounding * 1.05 + 16 * eps * (most + 4) + k_rounding * (2 * most + 1)) + std::fabs(expected) * (out_rounding * 1.05 + 4 * eps) + 1e-30;
           const double ratio = std::fabs(found - expected) / bound;
           if (!(ratio <= worst[i])) worst[i] = ratio;  // a NaN too
         }
@@ -262,7 +274,7 @@ const auto everyone = [](const Sequence&) { return true; };
 cuda::AttentionPlan plan_for(const TestBatch& b, cuda::AttentionKernel kernel, index_t tile_rows) {
   const index_t sms = multiprocessors();
   if (kernel == cuda::AttentionKernel::flash) return cuda::plan_whole(b.span(), b.shape.kv_heads, b.group, tile_rows, sms, everyone);
-  return cuda::plan_even(b.span(), b.shape.kv_heads, b.group, tile_rows, 2 * sms, everyone);
+  return cuda::plan_even(b.span(), b.shape.kv_heads, b.group, tile_rows, cuda::paged_blocks_per_sm(b.shape.head_dim, tile_rows) * sms, everyone);
 }
 
 const std::vector<Part> mixed = {{0, 1}, {0, 63}, {511, 1}, {30, 100}, {63, 2}, {64, 1}, {100, 64}, {126, 3}, {2047, 1}, {7, 129}};
@@ -411,5 +423,39 @@ TEST_CASE("cuda attention of prefill on Hopper: lengths, starts inside pages, gr
       for (const index_t group : {1, 4, 12}) check(2, group, mixed);
       const TestBatch b(f, hd, 4, 8, mixed);
       check_plan<bf16, float>(b, plan_for(b, cuda::AttentionKernel::flash, tile), cuda::AttentionKernel::flash);
+    }
+  for (const Format f : {Format::q8_0, Format::f32})  // expanded to bf16 first
+    for (const index_t hd : {64, 128}) {
+      const TestBatch b(f, hd, 2, 8, mixed);
+      check_plan<bf16, bf16>(b, plan_for(b, cuda::AttentionKernel::flash, cuda::flash_tile_rows(hd)), cuda::AttentionKernel::flash);
+    }
+}
+
+TEST_CASE("cuda attention plans: every page of every tile once, padding does nothing") {
+  std::vector<Part> parts = mixed;
+  for (index_t i = 0; i < 40; ++i) parts.push_back({(i * 131) % 900, 1 + i % 3});
+  std::vector<Sequence> batch;
+  index_t row = 0;
+  for (const Part& p : parts) batch.push_back({row, p.tokens, p.position, nullptr}), row += p.tokens;
+  for (const index_t blocks : {1, 7, 132, 396, 5000})
+    for (const bool whole : {false, true}) {
+      auto plan = whole ? cuda::plan_whole(std::span<const Sequence>(batch), 3, 8, 16, blocks, everyone) : cuda::plan_even(std::span<const Sequence>(batch), 3, 8, 16, blocks, everyone);
+      CHECK(plan.blocks <= blocks);
+      plan.pad(plan.blocks + 3);
+      index_t visited = 0, seen = 0, expected = 0, parts_seen = 0;
+      for (std::int32_t b = 0; b < plan.blocks; ++b)
+        for (std::int32_t i = b; i >= 0; i = plan.items[static_cast<std::size_t>(i)].next) {
+          const auto& item = plan.items[static_cast<std::size_t>(i)];
+          ++visited, seen += item.page_end - item.page_begin;
+          if (item.rows == 0) continue;
+          CHECK(item.page_begin < item.page_end);
+          CHECK(item.part < item.parts);
+          CHECK((item.parts == 1 || item.first_part + item.parts <= plan.parts));
+          parts_seen += item.parts > 1;
+        }
+      cuda::detail::for_each_tile(std::span<const Sequence>(batch), 3, 8, 16, everyone, [&](const cuda::AttentionItem& t) { expected += t.page_end; });
+      CHECK(visited == static_cast<index_t>(plan.items.size()));
+      CHECK(seen == expected);
+      CHECK(parts_seen == plan.parts);
     }
 }

@@ -174,12 +174,8 @@ TEST_CASE("quantise_activations") {
       const Result empty{std::vector<std::int8_t>(32 * groups + 1, 77), std::vector<float>(groups + 1, canary), std::vector<float>(groups + 1, canary),
                          std::vector<float>(2 * groups + 1, canary)};
       Result expected = empty, got = empty;
-      reference::quantise_activations(expected.q.data(), expected.scale.data(), expected.sum32.data(), expected.sum16.data(), x.data(), n, false);
-      auto codes = expected.q;  // 128 added, seen as signed, is the top bit flipped
-      for (std::size_t i = 0; i < 32 * groups; ++i) codes[i] = static_cast<std::int8_t>(codes[i] ^ -128);
-      kernels.quantise_activations(got.q.data(), got.scale.data(), got.sum32.data(), got.sum16.data(), x.data(), n, true);
-      check_same(got.q, codes);
-      kernels.quantise_activations(got.q.data(), got.scale.data(), got.sum32.data(), got.sum16.data(), x.data(), n, false);
+      reference::quantise_activations(expected.q.data(), expected.scale.data(), expected.sum32.data(), expected.sum16.data(), x.data(), n);
+      kernels.quantise_activations(got.q.data(), got.scale.data(), got.sum32.data(), got.sum16.data(), x.data(), n);
       // Each step is one rounding of the same numbers: nothing may differ.
       check_same(got.q, expected.q);
       const auto exact = [](index_t) { return 0.0; };
@@ -196,6 +192,51 @@ TEST_CASE("quantise_activations") {
         } else {
           REQUIRE(std::fabs(value - x[i]) <= std::max(0.5001f * got.scale[i / 32], 4e-37f));
         }
+      }
+    }
+  });
+}
+
+TEST_CASE("quantise_columns: within half a step, which is the loudest column's or up to 512 times finer") {
+  for_each_table([](const Kernels& kernels) {
+    for (const index_t n : {32, 64, 256, 288, 2048}) {
+      CAPTURE(n);
+      Random random(static_cast<std::uint64_t>(n));
+      auto x = random.vector(n);
+      for (index_t i = 0; i < n; ++i) {
+        float& v = x[static_cast<std::size_t>(i)];
+        if (i / 32 % 8 == 1) v *= 1e-3f;
+        if (i / 32 % 8 == 3) v = i % 2 ? 3.0f : -3.0f;  // a power of two below the next, to the last bit
+        if (i / 32 % 8 == 4) v = i % 2 ? 6.0f : -6.0f;
+        if (i / 32 % 8 == 5) v = 0.0f;
+        if (i / 32 % 8 == 6) v *= 1e-9f;
+        if (i / 256 == 3) v = 0.0f;
+        if (i / 256 == 4) v *= 1e-38f;  // 127 / max would overflow
+      }
+      constexpr index_t stride = 3;
+      const Int8Columns untouched{{77}, {77}, {77}, canary};
+      std::vector<Int8Columns> expected(static_cast<std::size_t>((n + 255) / 256 * stride), untouched), got = expected;
+      reference::quantise_columns(expected.data(), stride, x.data(), n);
+      kernels.quantise_columns(got.data(), stride, x.data(), n);
+      REQUIRE(std::memcmp(got.data(), expected.data(), got.size() * sizeof(Int8Columns)) == 0);
+      for (index_t i = 0; i < n; ++i) {
+        const Int8Columns& c = got[static_cast<std::size_t>(i / 256 * stride)];
+        const index_t g = i % 256 / 32, from = i / 32 * 32, chunk = i / 256 * 256;
+        float own = 0, all = 0;
+        int sum = 0;
+        for (index_t j = chunk; j < std::min(n, chunk + 256); ++j) all = std::max(all, std::fabs(x[static_cast<std::size_t>(j)]));
+        for (index_t j = from; j < from + 32; ++j) own = std::max(own, std::fabs(x[static_cast<std::size_t>(j)])), sum += c.codes[j % 256];
+        const double step = c.scale * std::ldexp(1.0, c.shift[g]);
+        REQUIRE(c.shift[g] >= 0);
+        REQUIRE(c.shift[g] <= int8_shifts);
+        REQUIRE(c.correction[g] == -128 * sum);
+        REQUIRE(std::fabs(step * c.codes[i % 256] - x[static_cast<std::size_t>(i)]) <= std::max(0.5001 * step, 4e-37));
+        REQUIRE(step <= 1.0001 * std::max(2.0f * own, all / 512) / 127 + 1e-40);  // the price of powers of two: a factor of 2 at most
+      }
+      for (const float bad : {not_a_number, std::numeric_limits<float>::infinity()}) {
+        x[7] = bad;
+        kernels.quantise_columns(got.data(), stride, x.data(), n);
+        REQUIRE(!std::isfinite(got[0].scale));
       }
     }
   });

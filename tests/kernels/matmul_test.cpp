@@ -30,7 +30,7 @@ struct Activations {
     q.resize(static_cast<std::size_t>(m * k));
     scale.resize(q.size() / 32), sum32.resize(q.size() / 32), sum16.resize(q.size() / 16);
     for (index_t i = 0; i < m; ++i)
-      reference::quantise_activations(q.data() + i * k, scale.data() + i * k / 32, sum32.data() + i * k / 32, sum16.data() + i * k / 16, x.data() + i * ldx, k, false);
+      reference::quantise_activations(q.data() + i * k, scale.data() + i * k / 32, sum32.data() + i * k / 32, sum16.data() + i * k / 16, x.data() + i * ldx, k);
   }
 };
 
@@ -39,31 +39,13 @@ const std::vector<index_t>& row_counts() {
   return m;
 }
 
-// The kernel on the ranges of panels that the units of a device's fork take: all, from the first, from the middle, none.
-// More than `signed_rows` rows of int8 are handed to the kernel with 128 added.
-void check_matmul(Matmul kernel, Matmul reference, const TestMatrix& w, const Activations& a, index_t signed_rows = std::numeric_limits<index_t>::max()) {
-  CAPTURE(std::string(name(w.format)));
-  CAPTURE(w.n);
-  CAPTURE(w.k);
-  CAPTURE(a.m);
-  const index_t ldy = w.n + 5, panels = (w.n + panel_rows - 1) / panel_rows;
-  std::vector<float> expected(static_cast<std::size_t>(a.m * ldy), canary);
-  MatmulTask t{};
-  t.w = w.packed.data(), t.format = w.format, t.m = a.m, t.n = w.n, t.k = w.k, t.ldy = ldy, t.ldx = a.ldx;
-  t.x = a.x.data(), t.x_bf16 = a.x_bf16.data(), t.x_q8 = a.q.data();
-  t.x_scale = a.scale.data(), t.x_sum32 = a.sum32.data(), t.x_sum16 = a.sum16.data();
-  t.y = expected.data();
-  reference(t, 0, panels);
-  auto codes = a.q;
-  if (a.m > signed_rows) {
-    for (std::int8_t& q : codes) q = static_cast<std::int8_t>(q ^ -128);
-    t.x_q8 = codes.data();
-  }
-  std::vector<double> bound(expected.size(), 0.0);
-  for (index_t j = 0; j < w.n; ++j) {
-    const auto row = w.row(j);
-    for (index_t i = 0; i < a.m; ++i) bound[static_cast<std::size_t>(i * ldy + j)] = sum_bound * magnitude(w.format, row.data(), a.x.data() + i * a.ldx, w.k);
-  }
+// The kernel on the ranges of panels that the units of a device's fork take: all, from the first, from the middle, none. Rows of y are n + 5 apart.
+void check_ranges(Matmul kernel, MatmulTask t, const std::vector<float>& expected, const std::vector<double>& bound) {
+  CAPTURE(std::string(name(t.format)));
+  CAPTURE(t.n);
+  CAPTURE(t.k);
+  CAPTURE(t.m);
+  const index_t ldy = t.ldy, panels = (t.n + panel_rows - 1) / panel_rows;
   for (const auto& range : {std::pair{index_t{0}, panels}, std::pair{index_t{1}, panels}, std::pair{index_t{0}, panels - 1}, std::pair{panels, panels}}) {
     const index_t first = range.first, last = range.second;  // clang 14 captures no structured binding
     if (first > last) continue;
@@ -72,11 +54,93 @@ void check_matmul(Matmul kernel, Matmul reference, const TestMatrix& w, const Ac
     std::vector<float> got(expected.size(), canary), within = expected;
     t.y = got.data();
     kernel(t, first, last);
-    for (index_t i = 0; i < a.m; ++i)
-      for (index_t j = 0; j < w.n; ++j)
+    for (index_t i = 0; i < t.m; ++i)
+      for (index_t j = 0; j < t.n; ++j)
         if (j < first * panel_rows || j >= last * panel_rows) within[static_cast<std::size_t>(i * ldy + j)] = canary;  // not this range's: untouched
     check_close(got, within, [&](index_t i) { return within[static_cast<std::size_t>(i)] == canary ? 0.0 : bound[static_cast<std::size_t>(i)]; });
   }
+}
+
+
+void check_matmul(Matmul kernel, Matmul reference, const TestMatrix& w, const Activations& a) {
+  const index_t ldy = w.n + 5, panels = (w.n + panel_rows - 1) / panel_rows;
+  std::vector<float> expected(static_cast<std::size_t>(a.m * ldy), canary);
+  MatmulTask t{};
+  t.w = w.packed.data(), t.format = w.format, t.m = a.m, t.n = w.n, t.k = w.k, t.ldy = ldy, t.ldx = a.ldx;
+  t.x = a.x.data(), t.x_bf16 = a.x_bf16.data(), t.x_q8 = a.q.data();
+  t.x_scale = a.scale.data(), t.x_sum32 = a.sum32.data(), t.x_sum16 = a.sum16.data();
+  t.y = expected.data();
+  reference(t, 0, panels);
+  std::vector<double> bound(expected.size(), 0.0);
+  for (index_t j = 0; j < w.n; ++j) {
+    const auto row = w.row(j);
+    for (index_t i = 0; i < a.m; ++i) bound[static_cast<std::size_t>(i * ldy + j)] = sum_bound * magnitude(w.format, row.data(), a.x.data() + i * a.ldx, w.k);
+  }
+  check_ranges(kernel, t, expected, bound);
+}
+
+// Activations as tiles of integers take them, and the values that they stand for.
+struct Columns {
+  std::vector<Int8Columns> columns;  // [chunks][m]
+  std::vector<float> values;         // [m, k]
+
+  Columns(const float* x, index_t ldx, index_t m, index_t k) : columns(static_cast<std::size_t>((k + int8_columns - 1) / int8_columns * m)) {
+    for (index_t i = 0; i < m; ++i) {
+      reference::quantise_columns(columns.data() + i, m, x + i * ldx, k);
+      for (index_t c = 0; c < k; ++c) {
+        const Int8Columns& at = columns[static_cast<std::size_t>(c / int8_columns * m + i)];
+        values.push_back(std::ldexp(at.scale, at.shift[c % int8_columns / 32]) * static_cast<float>(at.codes[c % int8_columns]));
+      }
+    }
+  }
+};
+
+// The weights [n, k] as the tiles of this table see them: its products with the identity. Each lies within half a step of what is stored, the step
+// being the largest weight that its row's codes could mean in 256 columns, over 127.
+std::vector<float> requantised(const Kernels& kernels, const TestMatrix& w) {
+  const index_t m = std::max(w.k, kernels.int8_stream_rows + 1);
+  std::vector<float> x(static_cast<std::size_t>(m * w.k), 0.0f), y(static_cast<std::size_t>(m * w.n));
+  for (index_t i = 0; i < w.k; ++i) x[static_cast<std::size_t>(i * w.k + i)] = 1.0f;
+  const Columns columns(x.data(), w.k, m, w.k);
+  MatmulTask t{};
+  t.w = w.packed.data(), t.format = w.format, t.m = m, t.n = w.n, t.k = w.k, t.y = y.data(), t.ldy = w.n, t.x_columns = columns.columns.data();
+  kernels.matmul_int8(t, 0, (w.n + panel_rows - 1) / panel_rows);
+  std::vector<float> got(static_cast<std::size_t>(w.n * w.k)), stored;
+  std::vector<double> bound;
+  for (index_t j = 0; j < w.n; ++j) {
+    const auto row = w.row(j);
+    stored.insert(stored.end(), row.begin(), row.end());
+    for (index_t c = 0; c < w.k; ++c) {
+      got[static_cast<std::size_t>(j * w.k + c)] = y[static_cast<std::size_t>(c * w.n + j)];
+      const auto from = row.begin() + c / 256 * 256, to = row.begin() + std::min(w.k, c / 256 * 256 + 256);
+      float largest = 0;
+      for (auto at = from; at != to; ++at) largest = std::max(largest, std::fabs(*at));
+      bound.push_back(0.52 * 1.2 * largest / 127);  // encoders use nearly the whole range of their codes
+    }
+  }
+  CAPTURE(std::string(name(w.format)));
+  check_close(got, stored, [&](index_t i) { return bound[static_cast<std::size_t>(i)]; });
+  return got;
+}
+
+// Up to int8_stream_rows rows against the reference; more against exact sums with the requantised weights.
+void check_int8(const Kernels& kernels, const TestMatrix& w, const Activations& a, const std::vector<float>& weights) {
+  if (a.m <= kernels.int8_stream_rows) return check_matmul(kernels.matmul_int8, reference::matmul_int8, w, a);
+  const Columns columns(a.x.data(), a.ldx, a.m, w.k);
+  MatmulTask t{};
+  t.w = w.packed.data(), t.format = w.format, t.m = a.m, t.n = w.n, t.k = w.k, t.ldy = w.n + 5, t.x_columns = columns.columns.data();
+  std::vector<float> expected(static_cast<std::size_t>(a.m * t.ldy), canary);
+  std::vector<double> bound(expected.size(), 0.0);
+  for (index_t i = 0; i < a.m; ++i)
+    for (index_t j = 0; j < w.n; ++j) {
+      double sum = 0, size = 0;
+      for (index_t c = 0; c < w.k; ++c) {
+        const double product = static_cast<double>(weights[static_cast<std::size_t>(j * w.k + c)]) * columns.values[static_cast<std::size_t>(i * w.k + c)];
+        sum += product, size += std::fabs(product);
+      }
+      expected[static_cast<std::size_t>(i * t.ldy + j)] = static_cast<float>(sum), bound[static_cast<std::size_t>(i * t.ldy + j)] = sum_bound * size;
+    }
+  check_ranges(kernels.matmul_int8, t, expected, bound);
 }
 
 }  // namespace
@@ -138,17 +202,18 @@ TEST_CASE("matmul_int8 on every block format, every m") {
   for_each_table([](const Kernels& kernels) {
     for (const FormatInfo& format : formats) {
       if (format.block == 1) continue;
-      for (const index_t blocks : {1, 2, 5})
-        for (const index_t n : {1, 15, 16, 17, 40}) {
-          Random random(static_cast<std::uint64_t>(blocks * 100 + n));
-          const TestMatrix w(format.format, n, blocks * format.block, random);
-          const bool every = blocks == 2 && n == 40;
-          for (const index_t m : every ? row_counts() : std::vector<index_t>{1, 3, 17})
-            check_matmul(kernels.matmul_int8, reference::matmul_int8, w, Activations(m, w.k, random), kernels.int8_signed_rows);
+      for (const index_t k : {format.block, format.block == 32 ? 288 : 512})
+        for (const index_t n : {1, 15, 16, 17, 70}) {
+          Random random(static_cast<std::uint64_t>(k * 100 + n));
+          const TestMatrix w(format.format, n, k, random);
+          const std::vector<float> weights = requantised(kernels, w);
+          const bool every = k > format.block && n == 17;
+          for (const index_t m : every ? row_counts() : std::vector<index_t>{1, 3, 17}) check_int8(kernels, w, Activations(m, k, random), weights);
+          if (k == 32 && n == 70) check_int8(kernels, w, Activations(515, k, random), weights);  // more rows than share a chunk of weights
         }
       Random random(5632);
       const TestMatrix w(format.format, 20, 5632, random);
-      for (const index_t m : {1, 5, 16, 31}) check_matmul(kernels.matmul_int8, reference::matmul_int8, w, Activations(m, w.k, random), kernels.int8_signed_rows);
+      for (const index_t m : {1, 5, 16}) check_int8(kernels, w, Activations(std::min(m, kernels.int8_stream_rows), w.k, random), {});
     }
   });
 }
@@ -158,7 +223,7 @@ TEST_CASE("matmul_int8 at the ends of the codes: nothing saturates") {
     for (const FormatInfo& format : formats) {
       if (format.block == 1) continue;
       Random random(3);
-      const index_t k = 2 * format.block, n = 16;
+      const index_t k = 256, n = 16;
       TestMatrix w(format.format, n, k, random);
       Activations a(20, k, random);  // by tiles, and its first rows as a stream
       // All activations at +-127; all codes at 0 or at their largest, but for the scales.
@@ -166,19 +231,21 @@ TEST_CASE("matmul_int8 at the ends of the codes: nothing saturates") {
         for (index_t c = 0; c < k; ++c) a.x[static_cast<std::size_t>(i * a.ldx + c)] = i % 4 == 0 ? 1.0f : i % 4 == 1 ? -1.0f : c % 2 ? 1.0f : -1.0f;
       for (index_t i = 0; i < a.m; ++i)
         reference::quantise_activations(a.q.data() + i * k, a.scale.data() + i * k / 32, a.sum32.data() + i * k / 32, a.sum16.data() + i * k / 16,
-                                        a.x.data() + i * a.ldx, k, false);
+                                        a.x.data() + i * a.ldx, k);
       for (const float value : {1.0f, -1.0f}) {
         const std::size_t stride = row_bytes(format.format, k);
         for (index_t j = 0; j < n; ++j) {
           std::vector<float> row(static_cast<std::size_t>(k), value);
-          for (std::size_t c = 0; c < row.size(); c += 16) row[c] = j % 2 ? -value : 0.0f;  // so that the minimum is not the value
+          if (j % 3)
+            for (std::size_t c = 0; c < row.size(); c += 16) row[c] = j % 2 ? -value : 0.0f;  // so that the minimum is not the value
           encode_row(format.format, row.data(), w.stored.data() + static_cast<std::size_t>(j) * stride, k);
         }
         visit(format.format, [&]<Format F>() { pack_panel<F>(w.stored.data(), stride, 16, k, w.packed.data()); });
-        check_matmul(kernels.matmul_int8, reference::matmul_int8, w, a, kernels.int8_signed_rows);
+        const std::vector<float> weights = requantised(kernels, w);
+        check_int8(kernels, w, a, weights);
         Activations few = a;
         few.m = 4;
-        check_matmul(kernels.matmul_int8, reference::matmul_int8, w, few, kernels.int8_signed_rows);
+        check_int8(kernels, w, few, weights);
       }
     }
   });

@@ -5,6 +5,7 @@
 
 #include <fstream>
 
+#include "tests/io/small_model.hpp"
 #include "tests/model/golden.hpp"
 
 namespace tl = tinyllama;
@@ -171,6 +172,95 @@ TEST_CASE("cuda: sessions fork, undo, and are saved for their own kind of device
   CHECK_THROWS_WITH_AS(other.restore(folder / "cache"), doctest::Contains("in CUDA's order"), tl::Error);
 }
 
+TEST_CASE_TEMPLATE("cuda: a model whose tokens the persistent kernel decodes", D, tl::CudaF32, tl::Cuda) {
+  if (no_card()) return;
+  tl::any_llama c;
+  c.layers = 3, c.hidden = 256, c.heads = 4, c.kv_heads = 2, c.ffn = 704, c.vocab = 331, c.context = 400;
+  const TempFolder folder;
+  SmallModel(c).write(folder.path());
+  std::vector<std::int32_t> ids;
+  for (int i = 0; i < 200; ++i) ids.push_back((i * 7919 + 13) % c.vocab);
+  tl::Cpu cpu({.threads = 2});
+  auto reference = tl::load<tl::any_llama>(cpu, folder.path(), exact()).start();
+  const auto expected = reference.logits_of(ids);
+  D dev;
+  const auto model = tl::load<tl::any_llama>(dev, folder.path(), options<D>());
+  CHECK((dev.capability() < 90 || model.weights().prepared.decode != nullptr));
+  auto whole = model.start(), steps = model.start();
+  CHECK(relative_error(whole.logits_of(ids).span(), expected.span()) < tolerance<D>);
+  const std::span<const std::int32_t> all(ids);
+  steps.prefill(all.first(130), {.logits = tl::Logits::none});
+  for (std::size_t t = 130; t < 200; ++t) REQUIRE(relative_error(steps.decode(ids[t]), tl::row(expected, static_cast<tl::index_t>(t)).span()) < tolerance<D>);
+  // Many tokens in one launch: the same ones, and the same bits of the last logits.
+  auto a = steps, b = steps;
+  std::vector<std::int32_t> one{5};
+  std::vector<float> last;
+  for (int i = 0; i < 90; ++i) {
+    const auto l = a.decode(one.back());
+    last.assign(l.begin(), l.end());
+    one.push_back(static_cast<std::int32_t>(std::max_element(l.begin(), l.end()) - l.begin()));
+  }
+  one.erase(one.begin());
+  CHECK(b.decode_greedy(5, 90) == one);
+  CHECK(b.length() == a.length());
+  CHECK(std::equal(last.begin(), last.end(), b.logits().begin(), b.logits().end()));
+}
+
+TEST_CASE_TEMPLATE("cuda: batches of changing sizes, step by step and without the host, are the single sequences", D, tl::CudaF32, tl::Cuda) {
+  if (no_card()) return;
+  tl::any_llama c;
+  c.layers = 3, c.hidden = 256, c.heads = 4, c.kv_heads = 2, c.ffn = 704, c.vocab = 331, c.context = 400;
+  const TempFolder folder;
+  SmallModel(c).write(folder.path());
+  D dev;
+  const auto model = tl::load<tl::any_llama>(dev, folder.path(), options<D>());
+  constexpr int S = 5;
+  const tl::index_t lengths[S] = {1, 62, 63, 130, 200};
+  std::vector<tl::Session<tl::any_llama, D>> single, batch;
+  for (int i = 0; i < S; ++i) {
+    single.push_back(model.start());
+    std::vector<std::int32_t> ids;
+    for (tl::index_t t = 0; t < lengths[i]; ++t) ids.push_back(static_cast<std::int32_t>((t * 7919 + 13 * i) % c.vocab));
+    single.back().prefill(ids);
+    batch.push_back(single.back());
+  }
+  std::vector<tl::Session<tl::any_llama, D>*> each;
+  std::vector<std::int32_t> ids;
+  int step = 0;
+  // Sequences join and leave: a graph of one size must not be taken for another, and pages fill up on the way.
+  for (const int n : {5, 5, 5, 5, 3, 3, 3, 5, 2, 2, 2, 5, 5}) {
+    each.clear(), ids.clear();
+    for (int i = 0; i < n; ++i) each.push_back(&batch[static_cast<std::size_t>(i)]), ids.push_back(static_cast<std::int32_t>((step * 31 + i) % c.vocab));
+    ++step;
+    const auto l = tl::decode_batch<tl::any_llama, D>(each, ids);
+    for (int i = 0; i < n; ++i) {
+      CAPTURE(step);
+      CAPTURE(i);
+      REQUIRE(relative_error(tl::row(l, i).span(), single[static_cast<std::size_t>(i)].decode(ids[static_cast<std::size_t>(i)])) < tolerance<D>);
+    }
+  }
+  each.clear();
+  for (auto& s : batch) each.push_back(&s);
+  ids.assign({1, 2, 3, 4, 5});
+  const auto found = tl::decode_batch_greedy<tl::any_llama, D>(each, ids, 70);
+  for (int i = 0; i < S; ++i) {
+    CAPTURE(i);
+    auto& s = batch[static_cast<std::size_t>(i)];
+    REQUIRE(s.length() == single[static_cast<std::size_t>(i)].length() + 70);
+    // What the host computes from the tokens that came out: each was the best, or as good as it.
+    auto check = single[static_cast<std::size_t>(i)];
+    std::vector<std::int32_t> all{ids[static_cast<std::size_t>(i)]};
+    all.insert(all.end(), found[static_cast<std::size_t>(i)].begin(), found[static_cast<std::size_t>(i)].end() - 1);
+    const auto l = check.logits_of(all);
+    for (tl::index_t t = 0; t < 70; ++t) {
+      const auto row = tl::row(l, t).span();
+      const float best = *std::max_element(row.begin(), row.end()), taken = row[static_cast<std::size_t>(found[static_cast<std::size_t>(i)][static_cast<std::size_t>(t)])];
+      REQUIRE(taken >= best - 4 * static_cast<float>(tolerance<D>) * std::max(1.0f, std::abs(best)));
+    }
+    CHECK(relative_error(s.logits(), tl::row(l, 69).span()) < 2 * tolerance<D>);
+  }
+}
+
 TEST_CASE("cuda: two models on two devices, in turns") {
   if (no_card()) return;
   Golden<tl::CudaF32> g{golden_folder<golden_gqa>(), golden_gqa::vocab}, t{golden_folder<golden_tied>(), golden_tied::vocab};
@@ -202,4 +292,10 @@ TEST_CASE_TEMPLATE("cuda: stories260K writes what llama2.c writes", D, tl::CudaF
     if (std::is_same_v<D, tl::CudaF32>) CHECK(all.substr(0, text.size()) == text);
     else CHECK(same > 100);  // bf16 may take the other of two equally good words
   }
+  // Drawn on the card, and on the host where log-probabilities are asked for: the same words.
+  const auto story = [&](int log_probabilities) {
+    auto s = model.start();
+    return tl::generate(s, std::string_view("Once upon a time"), {.max_tokens = 100, .temperature = 0.9f, .seed = 7, .log_probabilities = log_probabilities}).text();
+  };
+  CHECK(story(-1) == story(0));
 }

@@ -4,6 +4,7 @@
 #include <doctest/doctest.h>
 
 #include "tests/model/golden.hpp"
+#include "tinyllama/kernels/reference.hpp"
 
 namespace tl = tinyllama;
 using namespace tinyllama::test;

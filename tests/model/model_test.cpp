@@ -66,6 +66,38 @@ TEST_CASE_FIXTURE(Fixture, "session: a deferred token is read with the next ones
   CHECK(a.length() == 16);
 }
 
+TEST_CASE_FIXTURE(Fixture, "session: greedy decoding is decoding and taking the best") {
+  auto a = model.start(), b = model.start();
+  const auto l = copy(a.prefill(prompt(10)));
+  b.prefill(prompt(10));
+  const auto first = static_cast<std::int32_t>(std::max_element(l.begin(), l.end()) - l.begin());
+  const auto all = greedy(a, std::span<const std::int32_t>(&first, 1), 6);
+  CHECK(b.decode_greedy(first, 6) == all);
+  CHECK(b.length() == 16);
+  CHECK(copy(b.logits()) == copy(a.logits()));
+  CHECK(b.decode_greedy(first, 0).empty());
+}
+
+TEST_CASE_FIXTURE(Fixture, "sessions: greedy decoding of several is that of each") {
+  std::vector<std::vector<std::int32_t>> expected;
+  std::vector<std::vector<float>> logits;
+  const std::int32_t first[] = {3, 5, 7};
+  for (int i = 0; i < 3; ++i) {
+    auto s = model.start();
+    s.prefill(prompt(4 + 30 * i, i));
+    expected.push_back(s.decode_greedy(first[i], 8));
+    logits.push_back(copy(s.logits()));
+  }
+  auto a = model.start(), b = model.start(), c = model.start();
+  a.prefill(prompt(4, 0)), b.prefill(prompt(34, 1)), c.prefill(prompt(64, 2));
+  tl::Session<golden_gqa, tl::Cpu>* all[] = {&a, &b, &c};
+  CHECK(tl::decode_batch_greedy<golden_gqa, tl::Cpu>(all, first, 8) == expected);
+  CHECK(b.length() == 42);
+  CHECK(relative_error(copy(c.logits()), logits[2]) < 1e-3);
+  tl::Session<golden_gqa, tl::Cpu>* twice[] = {&a, &b, &a};
+  CHECK_THROWS_WITH_AS((tl::decode_batch_greedy<golden_gqa, tl::Cpu>(twice, first, 1)), doctest::Contains("each session once"), tl::Error);
+}
+
 TEST_CASE_FIXTURE(Fixture, "session: saved and restored") {
   const TempFolder folder;
   auto a = model.start();

@@ -1,5 +1,5 @@
 // Codecs against the bytes and floats of the reference implementation, and their behaviour on hostile input.
-#include "tinyllama/quant/codec.hpp"
+#include "tinyllama/quant/codec_rows.hpp"
 
 #include <doctest/doctest.h>
 

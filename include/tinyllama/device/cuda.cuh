@@ -6,10 +6,12 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "tinyllama/device/cuda_graph.cuh"
 #include "tinyllama/device/cuda_runtime.cuh"
 #include "tinyllama/device/cuda_upload.cuh"
 #include "tinyllama/device/operands.hpp"
@@ -17,6 +19,7 @@
 #include "tinyllama/kernels/cuda/attention_plan.hpp"
 #include "tinyllama/kernels/cuda/batch.hpp"
 #include "tinyllama/kernels/cuda/blas.cuh"
+#include "tinyllama/kernels/cuda/model.hpp"
 #include "tinyllama/kernels/cuda/pack.cuh"
 
 namespace tinyllama {
@@ -44,7 +47,7 @@ class CudaDevice {
   using Staging = cuda::Pinned;
 
   CudaDevice() : CudaDevice(Options()) {}
-  explicit CudaDevice(Options options) : card_(checked(options.card)), stream_(card_), pool_(card_), blas_(card_), batch_upload_(card_, pool_.get(), stream_.get()),
+  explicit CudaDevice(Options options) : card_(checked(options.card)), stream_(card_), pool_(card_), blas_(card_), batch_upload_(card_, pool_.get(), stream_.get()), draws_(card_, pool_.get(), stream_.get()),
                                         few_(card_, pool_.get(), stream_.get()), many_(card_, pool_.get(), stream_.get()), counters_(card_, pool_.get(), stream_.get()) {
     cudaDeviceProp p;
     cuda::check(cudaGetDeviceProperties(&p, card_), "cudaGetDeviceProperties");
@@ -119,11 +122,13 @@ class CudaDevice {
   /// the second-level cache until the product reads them.
   static constexpr std::size_t weights_scratch = std::size_t{32} << 20;
   static constexpr std::size_t step_scratch(const CacheShape&, index_t, index_t columns, index_t rows, index_t, index_t) {
-    const auto quantised = static_cast<std::size_t>(std::min<index_t>(rows, few_rows)) * (static_cast<std::size_t>(columns) * 2 + 64);
-    return rows > few_rows ? blas_workspace + weights_scratch : quantised;
+    return rows > 1 ? blas_workspace + weights_scratch : static_cast<std::size_t>(columns) * 2 + 64;
   }
-  /// Up to so many rows a product reads each weight once and multiplies as it goes; above, tensor cores do it.
+  /// Up to so many rows a product with weights of another format than the activations' reads each weight once and multiplies as it goes; above, and for
+  /// more than one row with weights of their format, tensor cores do it.
   static constexpr index_t few_rows = 8;
+  /// Tokens of a prefill step where nobody says otherwise: products of so many rows fill the card.
+  static constexpr index_t prefill_rows = 2048;
 
   /// Query rows of a KV head and sequence from which attention is prefill's on Hopper.
   static constexpr index_t flash_rows = 64;
@@ -132,6 +137,8 @@ class CudaDevice {
 
   Matrix pack(std::byte* to, const Matrix& from) const;
   Batch batch(std::span<const std::int32_t> ids, std::span<const Sequence> sequences);
+  /// The same with ids [T] that are in the device's memory, which other work in its order has written.
+  Batch batch(DeviceIds ids, std::span<const Sequence> sequences);
   void embedding(View<float, dyn, dyn> out, const Matrix& table, const Batch& batch);
   void rope_angles(View<float, dyn, dyn> cos, View<float, dyn, dyn> sin, std::span<const double> frequencies, const Batch& batch);
   void rmsnorm(View<A, dyn, dyn> out, View<const float, dyn, dyn> x, const float* gain, float eps);
@@ -148,11 +155,48 @@ class CudaDevice {
   void matmul(View<A, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w);
   void matmul(View<float, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w)
     requires(!std::is_same_v<A, float>);
+  /// y = x W^T + residual, which is another array of y's shape: the library adds on its way.
+  void matmul_add(View<float, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w, View<const float, dyn, dyn> residual);
 
   // ---- beside the concept
 
+  /// rope of q, in place, and of k on its way into the pages, and store_kv: one pass over memory less.
+  void rope_store_kv(View<A, dyn, dyn> q, View<const A, dyn, dyn> k, View<const A, dyn, dyn> v, View<const float, dyn, dyn> cos, View<const float, dyn, dyn> sin, RopeLayout layout,
+                     const CacheShape& shape, index_t layer, const Batch& batch);
+  /// What is worked out once for a model whose weights are there: null where the step of one token is made of the operations above.
+  struct Prepared {
+    std::shared_ptr<cuda::DecodeState> decode;
+    std::shared_ptr<cuda::StepGraphs> steps;
+    CacheShape cache;
+    index_t group = 1;  // query heads of a KV head
+  };
+  template <class W>
+  Prepared prepare(const W& w) {
+    cuda::ModelPointers m{w.config.hidden, w.config.heads, w.config.kv_heads, w.config.ffn, w.config.vocab, w.config.norm_eps, w.rope, w.cache, w.embedding, {}, w.final_norm, w.head,
+                          w.frequencies};
+    for (const auto& l : w.layers) m.layers.push_back({l.attn_norm, l.ffn_norm, l.qkv, l.o, l.gate_up, l.down});
+    return {prepare_decode(m), std::make_shared<cuda::StepGraphs>(), w.cache, static_cast<index_t>(w.config.heads / w.config.kv_heads)};
+  }
+  /// Does a step's `enqueue()`; a step of one token for each sequence that looks like an earlier one (`work`: its activations, `want`: what it does) as one graph.
+  template <class F>
+  void repeat(const Prepared& prepared, const Batch& b, const void* work, int want, F&& enqueue) {
+    if (!prepared.steps || b.most_tokens != 1) return enqueue();
+    const cuda::Current here(card_);
+    plan_attention(prepared.cache, prepared.group, b);
+    const auto address = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p); };
+    // Whatever else of the batch's arrays moves, moves with these.
+    prepared.steps->run(stream(), {address(work), static_cast<std::uintptr_t>(want), static_cast<std::uintptr_t>(b.rows), address(b.ids), address(b.positions), address(scratch_),
+                                   address(few_.on_card), address(counters_.data())}, enqueue);
+  }
+  /// `steps` tokens of one sequence in one launch, from `id` on, each the most probable after the one before; the first is written at s.position of its
+  /// pages, which are there for all. logits [vocab]: of the last; tokens [steps], or null: the most probable after each. In the device's memory. False
+  /// where the model was not prepared for it.
+  bool decode(const Prepared& prepared, float* logits, std::int32_t id, const Sequence& s, std::int32_t* tokens = nullptr, index_t steps = 1);
+
   /// ids [rows] = the first of the largest in each row of x [rows, n]; in the device's memory.
   void argmax(std::int32_t* ids, View<const float, dyn, dyn> x);
+  /// ids [rows], in the device's memory: of each row of logits x [rows, n] the token that how[row], in the host's memory, chooses.
+  void sample(std::int32_t* ids, View<const float, dyn, dyn> x, std::span<const Draw> how);
 
  private:
   static int checked(int card) {
@@ -173,19 +217,21 @@ class CudaDevice {
     void send(cuda::AttentionPlan p) {
       plan = std::move(p);
       if (plan.empty()) return;
-      const std::size_t items = plan.items.size() * sizeof(cuda::AttentionItem), first = plan.first.size() * sizeof(std::int32_t);
-      std::byte* const host = upload.begin(items + first);
-      std::memcpy(host, plan.items.data(), items), std::memcpy(host + items, plan.first.data(), first);
+      const std::size_t bytes = plan.items.size() * sizeof(cuda::AttentionItem);
+      std::memcpy(upload.begin(bytes), plan.items.data(), bytes);
       on_card = upload.send();
     }
     cuda::AttentionArgs<A, A> of(cuda::AttentionArgs<A, A> a) const {
-      a.items = reinterpret_cast<const cuda::AttentionItem*>(on_card), a.first = reinterpret_cast<const std::int32_t*>(on_card + plan.items.size() * sizeof(cuda::AttentionItem));
-      a.blocks = plan.empty() ? 0 : plan.blocks(), a.tile_rows = plan.tile_rows, a.parts = plan.parts;
+      a.items = reinterpret_cast<const cuda::AttentionItem*>(on_card), a.blocks = plan.blocks, a.tile_rows = plan.tile_rows, a.parts = plan.parts;
       return a;
     }
   };
+  std::shared_ptr<cuda::DecodeState> prepare_decode(const cuda::ModelPointers& m);
+  Batch batch(std::span<const std::int32_t> ids, const std::int32_t* on_card, index_t rows, std::span<const Sequence> sequences);
+  void plan_attention(const CacheShape& shape, index_t group, const Batch& b);
+  bool by_tensor_cores(const CacheShape& shape) const { return std::is_same_v<A, bf16> && (shape.head_dim == 64 || shape.head_dim == 128) && shape.format != Format::f32; }
   template <class Y>
-  void product(View<Y, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w);
+  void product(View<Y, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w, const Y* residual = nullptr);
 
   int card_;
   cuda::Stream stream_;
@@ -195,8 +241,8 @@ class CudaDevice {
   int multiprocessors_ = 0, capability_ = 0;
   std::byte* scratch_ = nullptr;
   std::size_t scratch_bytes_ = 0;
-  cuda::Upload batch_upload_;
-  Batch last_;
+  cuda::Upload batch_upload_, draws_;
+  Batch last_;  // for observers
   PlanOnCard few_, many_;  // of the last batch, where attention was asked for: sequences of few and of many new rows
   bool planned_ = false;
   cuda::PoolMemory counters_;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "tinyllama/device/cuda.cuh"
+#include "tinyllama/device/cuda_decode.cuh"
 #include "tinyllama/kernels/cuda/attention_launch.cuh"
 #include "tinyllama/kernels/cuda/attention_scores.cuh"
 #include "tinyllama/kernels/cuda/embedding.cuh"
@@ -16,19 +17,25 @@ namespace tinyllama {
 
 template <class A>
 typename CudaDevice<A>::Batch CudaDevice<A>::batch(std::span<const std::int32_t> ids, std::span<const Sequence> sequences) {
-  std::size_t rows = ids.size(), pages = 0, known = 0;
+  return batch(ids, nullptr, static_cast<index_t>(ids.size()), sequences);
+}
+template <class A>
+typename CudaDevice<A>::Batch CudaDevice<A>::batch(DeviceIds ids, std::span<const Sequence> sequences) { return batch({}, ids.data, ids.count, sequences); }
+
+template <class A>
+typename CudaDevice<A>::Batch CudaDevice<A>::batch(std::span<const std::int32_t> ids, const std::int32_t* on_card, index_t rows, std::span<const Sequence> sequences) {
+  index_t pages = 0;
   for (const Sequence& s : sequences) {
-    known = std::max(known, static_cast<std::size_t>(s.first_row + s.tokens));
-    if (s.pages) pages += static_cast<std::size_t>((s.position + s.tokens + page_tokens - 1) / page_tokens);
+    rows = std::max(rows, s.first_row + s.tokens);
+    if (s.pages) pages += (s.position + s.tokens + page_tokens - 1) / page_tokens;
   }
-  rows = std::max(rows, known);
-  // One array: page table, sequences, ids, positions, page_first.
-  const std::size_t sequences_at = pages * sizeof(std::byte*), ids_at = sequences_at + sequences.size() * sizeof(cuda::BatchSequence);
-  const std::size_t bytes = ids_at + 3 * rows * sizeof(std::int32_t);
-  std::byte* const host = batch_upload_.begin(bytes);
-  auto** page = reinterpret_cast<std::byte**>(host);
-  auto* sequence = reinterpret_cast<cuda::BatchSequence*>(host + sequences_at);
-  auto *id = reinterpret_cast<std::int32_t*>(host + ids_at), *position = id + rows, *page_of = position + rows;
+  // One array: sequences, ids, positions, page_first, page table; what grows from step to step comes last.
+  const auto n = static_cast<std::size_t>(rows);
+  const std::size_t ids_at = sequences.size() * sizeof(cuda::BatchSequence), pages_at = (ids_at + 3 * n * sizeof(std::int32_t) + 7) / 8 * 8;
+  std::byte* const host = batch_upload_.begin(pages_at + static_cast<std::size_t>(pages) * sizeof(std::byte*));
+  auto* sequence = reinterpret_cast<cuda::BatchSequence*>(host);
+  auto *id = reinterpret_cast<std::int32_t*>(host + ids_at), *position = id + n, *page_of = position + n;
+  auto** page = reinterpret_cast<std::byte**>(host + pages_at);
   Batch b;
   std::copy(ids.begin(), ids.end(), id);
   std::int32_t first_page = 0;
@@ -38,11 +45,12 @@ typename CudaDevice<A>::Batch CudaDevice<A>::batch(std::span<const std::int32_t>
     if (count) std::copy_n(s.pages, count, page + first_page);
     for (index_t t = 0; t < s.tokens; ++t) position[s.first_row + t] = static_cast<std::int32_t>(s.position + t), page_of[s.first_row + t] = first_page;
     first_page += count;
-    b.most_tokens = std::max(b.most_tokens, static_cast<int>(s.tokens)), b.longest = std::max(b.longest, static_cast<int>(s.position + s.tokens));
+    b.most_tokens = std::max(b.most_tokens, static_cast<int>(s.tokens));
   }
   std::byte* const card = batch_upload_.send();
-  b.pages = reinterpret_cast<std::byte* const*>(card), b.sequences = reinterpret_cast<const cuda::BatchSequence*>(card + sequences_at);
-  b.ids = reinterpret_cast<const std::int32_t*>(card + ids_at), b.positions = b.ids + rows, b.page_first = b.positions + rows;
+  b.sequences = reinterpret_cast<const cuda::BatchSequence*>(card), b.pages = reinterpret_cast<std::byte* const*>(card + pages_at);
+  const auto* const numbers = reinterpret_cast<const std::int32_t*>(card + ids_at);
+  b.ids = on_card ? on_card : numbers, b.positions = numbers + n, b.page_first = b.positions + n;
   b.rows = static_cast<int>(rows), b.count = static_cast<int>(sequences.size());
   b.host_sequences = sequences;
   planned_ = false;
@@ -109,37 +117,63 @@ void CudaDevice<A>::rope(View<A, dyn, dyn> x, View<const float, dyn, dyn> cos, V
   cuda::rope<A>(stream(), {x.data(), x.stride(0), cos.data(), sin.data(), cos.stride(0), static_cast<int>(x.extent(0)), static_cast<int>(heads), static_cast<int>(2 * cos.extent(1)), layout});
 }
 
+namespace cuda {
 template <class A>
-void CudaDevice<A>::store_kv(View<const A, dyn, dyn> k, View<const A, dyn, dyn> v, const CacheShape& shape, index_t layer, const Batch& b) {
-  const cuda::Current here(card_);
-  cuda::StoreKvArgs<A> a{};
+StoreKvArgs<A> store_args(View<const A, dyn, dyn> k, View<const A, dyn, dyn> v, const CacheShape& shape, index_t layer, const BatchView& b) {
+  StoreKvArgs<A> a{};
   a.k = k.data(), a.v = v.data(), a.ldk = k.stride(0), a.ldv = v.stride(0);
   a.tokens = b.rows, a.kv_heads = static_cast<int>(shape.kv_heads), a.head_dim = static_cast<int>(shape.head_dim), a.format = shape.format;
   a.pages = b.pages, a.page_first = b.page_first, a.position = b.positions;
   a.k_offset = shape.k_offset(layer, 0), a.v_offset = shape.v_offset(layer, 0), a.head_bytes = shape.head_bytes();
-  cuda::store_kv(stream(), a);
+  return a;
+}
+}  // namespace cuda
+
+template <class A>
+void CudaDevice<A>::store_kv(View<const A, dyn, dyn> k, View<const A, dyn, dyn> v, const CacheShape& shape, index_t layer, const Batch& b) {
+  const cuda::Current here(card_);
+  cuda::store_kv(stream(), cuda::store_args<A>(k, v, shape, layer, b));
   cuda::launched("store_kv");
+}
+
+template <class A>
+void CudaDevice<A>::rope_store_kv(View<A, dyn, dyn> q, View<const A, dyn, dyn> k, View<const A, dyn, dyn> v, View<const float, dyn, dyn> cos, View<const float, dyn, dyn> sin,
+                                  RopeLayout layout, const CacheShape& shape, index_t layer, const Batch& b) {
+  const cuda::Current here(card_);
+  auto a = cuda::store_args<A>(k, v, shape, layer, b);
+  a.q = q.data(), a.ldq = q.stride(0), a.heads = static_cast<int>(q.extent(1) / shape.head_dim);
+  a.cos = cos.data(), a.sin = sin.data(), a.ld_angles = cos.stride(0), a.layout = layout;
+  cuda::store_kv(stream(), a);
+  cuda::launched("rope_store_kv");
+}
+
+/// Once a step: its layers share the plans.
+template <class A>
+void CudaDevice<A>::plan_attention(const CacheShape& shape, index_t group, const Batch& b) {
+  if (std::exchange(planned_, true)) return;
+  const bool tensor_cores = by_tensor_cores(shape), wgmma = tensor_cores && capability_ == 90 && shape.format != Format::q8_0;
+  const auto many = [&](const Sequence& s) { return wgmma && s.tokens * group >= flash_rows; };
+  index_t rows = 0;
+  for (const Sequence& s : b.host_sequences)
+    if (!many(s)) rows = std::max(rows, s.tokens * group);
+  const index_t tile = !tensor_cores ? cuda::any_tile_rows : rows <= 8 ? 8 : rows <= 16 ? 16 : 32;
+  const index_t blocks = multiprocessors_ * (tensor_cores ? cuda::paged_blocks_per_sm(shape.head_dim, tile) : 2);
+  auto few = cuda::plan_even(b.host_sequences, shape.kv_heads, group, tile, blocks, [&](const Sequence& s) { return !many(s); });
+  // A step that may become a graph: the launch and its memory are those of the longest sequences. A block cuts one tile at most.
+  if (b.most_tokens == 1 && !few.empty()) few.pad(static_cast<std::int32_t>(blocks)), few.parts = static_cast<std::int32_t>(2 * blocks);
+  few_.send(std::move(few));
+  many_.send(cuda::plan_whole(b.host_sequences, shape.kv_heads, group, cuda::flash_tile_rows(shape.head_dim), multiprocessors_, many));
+  if (const std::size_t counters = static_cast<std::size_t>(std::max(few_.plan.parts, many_.plan.parts)) * sizeof(unsigned); counters > counters_.size()) {
+    counters_.reserve(2 * counters);
+    zero(counters_.data(), counters_.size());  // the kernels leave them at zero
+  }
 }
 
 template <class A>
 void CudaDevice<A>::attention(View<A, dyn, dyn> out, View<const A, dyn, dyn> q, const CacheShape& shape, index_t layer, const Batch& b) {
   const cuda::Current here(card_);
   const index_t group = q.extent(1) / shape.head_dim / shape.kv_heads;
-  const bool tensor_cores = std::is_same_v<A, bf16> && (shape.head_dim == 64 || shape.head_dim == 128) && shape.format != Format::f32;
-  const bool wgmma = tensor_cores && capability_ == 90 && shape.format != Format::q8_0;
-  const auto many = [&](const Sequence& s) { return wgmma && s.tokens * group >= flash_rows; };
-  if (!std::exchange(planned_, true)) {  // the layers of a step share the plans
-    index_t rows = 0;
-    for (const Sequence& s : b.host_sequences)
-      if (!many(s)) rows = std::max(rows, s.tokens * group);
-    const index_t tile = !tensor_cores ? cuda::any_tile_rows : rows <= 8 ? 8 : rows <= 16 ? 16 : 32;
-    few_.send(cuda::plan_even(b.host_sequences, shape.kv_heads, group, tile, 2 * multiprocessors_, [&](const Sequence& s) { return !many(s); }));
-    many_.send(cuda::plan_whole(b.host_sequences, shape.kv_heads, group, cuda::flash_tile_rows(shape.head_dim), multiprocessors_, many));
-    if (const std::size_t counters = static_cast<std::size_t>(std::max(few_.plan.parts, many_.plan.parts)) * sizeof(unsigned); counters > counters_.size()) {
-      counters_.reserve(2 * counters);
-      zero(counters_.data(), counters_.size());  // the kernels leave them at zero
-    }
-  }
+  plan_attention(shape, group, b);
   cuda::AttentionArgs<A, A> a{};
   a.q = q.data(), a.out = out.data(), a.ldq = q.stride(0), a.ldo = out.stride(0);
   a.head_dim = static_cast<int>(shape.head_dim), a.group = static_cast<int>(group), a.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim)), a.format = shape.format;
@@ -147,7 +181,7 @@ void CudaDevice<A>::attention(View<A, dyn, dyn> out, View<const A, dyn, dyn> q, 
   a.scratch = reinterpret_cast<float*>(scratch(few_.plan.scratch_bytes(shape.head_dim))), a.counters = reinterpret_cast<unsigned*>(counters_.data());
   if constexpr (std::is_same_v<A, bf16>) {
     if (!many_.plan.empty()) cuda::attention_flash<A>(stream(), many_.of(a));
-    if (tensor_cores) return cuda::attention_paged<A>(stream(), few_.of(a));
+    if (by_tensor_cores(shape)) return cuda::attention_paged<A>(stream(), few_.of(a));
   }
   cuda::attention_any(stream(), few_.of(a));
 }
@@ -189,14 +223,13 @@ void CudaDevice<A>::softmax(View<float, dyn, dyn> out, View<const float, dyn, dy
 
 template <class A>
 template <class Y>
-void CudaDevice<A>::product(View<Y, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w) {
+void CudaDevice<A>::product(View<Y, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w, const Y* residual) {
   const cuda::Current here(card_);
   const index_t rows = y.extent(0), columns = w.columns();
   if (rows == 0) return;
-  const bool few = rows <= few_rows;
   bool quantised = false;  // activations as int8, once for all parts
   index_t column = 0;
-  std::byte* const memory = scratch(few ? static_cast<std::size_t>(rows * cuda::quantised_vector_bytes(columns)) : blas_workspace + weights_scratch);
+  std::byte* const memory = scratch(rows == 1 ? static_cast<std::size_t>(cuda::quantised_vector_bytes(columns)) : blas_workspace + weights_scratch);
   for (int i = 0; i < w.parts;) {
     Matrix m = w.part[static_cast<std::size_t>(i++)];
     if (!m.packed) throw Error("matmul", "w", "packed by the device", "rows as in a file");
@@ -205,9 +238,11 @@ void CudaDevice<A>::product(View<Y, dyn, dyn> y, View<const A, dyn, dyn> x, cons
     for (; i < w.parts && w.part[static_cast<std::size_t>(i)].format == m.format && w.part[static_cast<std::size_t>(i)].data == m.data + m.rows * stride; ++i)
       m.rows += w.part[static_cast<std::size_t>(i)].rows;
     Y* const to = y.data() + column;
+    const Y* const add = residual ? residual + column : nullptr;
+    bool added = add == nullptr;
     column += m.rows;
-    if (!few) {
-      cuda::matmul<A, Y>(stream(), blas_, {m.format, m.data, m.rows, columns, x.data(), x.stride(0), rows, to, y.stride(0)}, memory, blas_workspace, memory + blas_workspace, weights_scratch);
+    if (rows > 1 && (rows > few_rows || m.format == format_of<A>)) {
+      added = cuda::matmul<A, Y>(stream(), blas_, {m.format, m.data, m.rows, columns, x.data(), x.stride(0), rows, to, y.stride(0), add}, memory, blas_workspace, memory + blas_workspace, weights_scratch);
     } else if (is_quantised(m.format) && w.compute != Compute::f32 && !std::is_same_v<A, float>) {
       if (!std::exchange(quantised, true)) cuda::quantise_vectors(stream(), x.data(), x.stride(0), static_cast<int>(rows), static_cast<int>(columns), memory);
       cuda::matvec_int8<Y>(stream(), {m.data, m.format, static_cast<int>(rows), static_cast<int>(m.rows), static_cast<int>(columns), memory, 0, to, y.stride(0)});
@@ -215,6 +250,8 @@ void CudaDevice<A>::product(View<Y, dyn, dyn> y, View<const A, dyn, dyn> x, cons
       cuda::matvec_float<A, Y>(stream(), {m.data, m.format, static_cast<int>(rows), static_cast<int>(m.rows), static_cast<int>(columns), x.data(), x.stride(0), to, y.stride(0)});
     }
     cuda::launched("matmul");
+    if constexpr (std::is_same_v<Y, float>)
+      if (!added) cuda::add(stream(), to, y.stride(0), add, y.stride(0), rows, m.rows);
   }
 }
 
@@ -226,9 +263,25 @@ void CudaDevice<A>::matmul(View<float, dyn, dyn> y, View<const A, dyn, dyn> x, c
 { product(y, x, w); }
 
 template <class A>
+void CudaDevice<A>::matmul_add(View<float, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w, View<const float, dyn, dyn> residual) {
+  if (residual.stride(0) != y.stride(0)) throw Error("matmul_add", "residual", "rows at the distance of y's, " + std::to_string(y.stride(0)), std::to_string(residual.stride(0)));
+  product(y, x, w, residual.data());
+}
+
+template <class A>
 void CudaDevice<A>::argmax(std::int32_t* ids, View<const float, dyn, dyn> x) {
   const cuda::Current here(card_);
-  cuda::argmax(stream(), {ids, x.data(), x.stride(0), static_cast<int>(x.extent(0)), static_cast<int>(x.extent(1))});
+  cuda::sample(stream(), {ids, x.data(), x.stride(0), static_cast<int>(x.extent(0)), static_cast<int>(x.extent(1)), nullptr});
+}
+
+template <class A>
+void CudaDevice<A>::sample(std::int32_t* ids, View<const float, dyn, dyn> x, std::span<const Draw> how) {
+  const cuda::Current here(card_);
+  detail::expect_extent("sample", "draws", x.extent(0), static_cast<index_t>(how.size()));
+  if (x.extent(1) > 1 << 18) throw Error("sample", "logits", "at most 262144 in a row", std::to_string(x.extent(1)));
+  if (!how.empty()) std::memcpy(draws_.begin(how.size_bytes()), how.data(), how.size_bytes());
+  const std::byte* const draws = how.empty() ? nullptr : draws_.send();
+  cuda::sample(stream(), {ids, x.data(), x.stride(0), static_cast<int>(x.extent(0)), static_cast<int>(x.extent(1)), reinterpret_cast<const Draw*>(draws)});
 }
 
 }  // namespace tinyllama

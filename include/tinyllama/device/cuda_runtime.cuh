@@ -141,6 +141,13 @@ class Graph {
     check(cudaGraphInstantiate(&e, g, 0), "cudaGraphInstantiate");
     exec_ = Owned<cudaGraphExec_t, cudaGraphExecDestroy>(e);
   }
+  /// Ends a recording that failed.
+  static void abandon(cudaStream_t s) noexcept {
+    cudaGraph_t g = nullptr;
+    cudaStreamEndCapture(s, &g);
+    if (g) cudaGraphDestroy(g);
+    cudaGetLastError();
+  }
   explicit operator bool() const { return static_cast<bool>(exec_); }
   void launch(cudaStream_t s) const { check(cudaGraphLaunch(exec_.get(), s), "cudaGraphLaunch"); }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 
 #include "tinyllama/device/cuda_runtime.cuh"
 
@@ -49,14 +50,14 @@ class Upload {
     Slot& s = slots_[next_];
     if (s.used) s.copied.synchronize();
     bytes_ = bytes;
-    return s.pinned.reserve(std::max<std::size_t>(bytes, std::size_t{1} << 12));
+    return s.pinned.reserve(std::bit_ceil(std::max<std::size_t>(bytes, std::size_t{1} << 14)));
   }
   /// Sends it; where it will be.
   std::byte* send() {
     const Current here(card_);
     Slot& s = slots_[next_];
-    std::byte* to = memory_.reserve(std::max<std::size_t>(bytes_, std::size_t{1} << 12));
-    check(cudaMemcpyAsync(to, s.pinned.reserve(bytes_), bytes_, cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync", "a step's ids and pages");
+    std::byte* to = memory_.reserve(std::bit_ceil(std::max<std::size_t>(bytes_, std::size_t{1} << 14)));  // stays in place while it grows little by little
+    if (bytes_) check(cudaMemcpyAsync(to, s.pinned.reserve(bytes_), bytes_, cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync", "a step's ids and pages");
     if (!s.used) s.copied = Event(), s.used = true;
     s.copied.record(stream_);
     next_ = (next_ + 1) % slots_.size();

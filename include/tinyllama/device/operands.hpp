@@ -61,4 +61,20 @@ struct Sequence {
   std::byte* const* pages = nullptr;   // pages for positions [0, position + tokens)
 };
 
+/// How one token is chosen from logits that a device has: what of SamplingOptions needs no history, and the random number of the draw.
+struct Draw {
+  float temperature = 0;    // 0: the most probable, the lowest id among equals
+  float top_p = 1, min_p = 0;
+  std::int32_t top_k = 0;   // 0: all
+  double uniform = 0;       // in [0, 1)
+};
+
+/// Ids [count] in the device's memory: those of a step that the host need not know.
+struct DeviceIds {
+  const std::int32_t* data;
+  index_t count;
+  constexpr explicit DeviceIds(const std::int32_t* ids, index_t n) : data(ids), count(n) {}
+  constexpr index_t size() const { return count; }
+};
+
 }  // namespace tinyllama

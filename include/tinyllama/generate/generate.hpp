@@ -35,7 +35,7 @@ struct GenerateOptions {
   std::optional<bool> bos = std::nullopt;        ///< before a prompt in an empty session; unset: the vocabulary's policy
   bool special = false;                          ///< control pieces written in the prompt count as such
   int log_probabilities = -1;                    ///< n >= 0: Token::log_probability and the n most probable alternatives
-  index_t chunk = 512;                           ///< tokens of a prefill step
+  index_t chunk = 0;                             ///< tokens of a prefill step; 0: as many as suit the device
   std::function<void(std::size_t done, std::size_t total)> progress = {};  ///< of the prefill
   std::stop_token stop = {};                     ///< another thread may end it; checked between steps
 
@@ -80,7 +80,7 @@ class Generation {
       session_->flush();
     }
     token_ = Token();
-    const std::int32_t id = sampler_.sample(session_->logits(), history_);
+    const std::int32_t id = choose();
     if (options_.log_probabilities >= 0) {
       token_.top = Sampler::log_probabilities(session_->logits(), id, options_.log_probabilities);
       token_.log_probability = token_.top.front().log_probability;
@@ -147,17 +147,26 @@ class Generation {
     return finish_;
   }
 
+  /// The sampler's next token: by the device where it has the logits and nobody else wants them.
+  std::int32_t choose() {
+    if constexpr (!D::host_memory)
+      if (options_.log_probabilities < 0 && session_->has_logits_on_device())
+        if (const auto draw = sampler_.draw())
+          if (const auto id = session_->choose(*draw)) return *id;
+    return sampler_.sample(session_->logits(), history_);
+  }
+
   /// Reads the prompt, which next() does otherwise; false where it was cancelled.
   bool start() {
     started_ = true;
     session_->reserve(std::min(session_->length() + static_cast<index_t>(prompt_.size()) + options_.max_tokens, session_->cache().context()),
-                      std::max<index_t>(1, std::min<index_t>(options_.chunk, static_cast<index_t>(prompt_.size()))));
+                      std::max<index_t>(1, std::min<index_t>(prefill_chunk<D>(options_.chunk), static_cast<index_t>(prompt_.size()))));
     history_.assign(session_->tokens().begin(), session_->tokens().end());
     history_.insert(history_.end(), prompt_.begin(), prompt_.end());
     history_.reserve(history_.size() + static_cast<std::size_t>(std::max(0, options_.max_tokens)));
     for (const std::int32_t id : history_) decoder_.push(id);  // so that the first piece knows what stands before it
-    const auto logits = session_->prefill(prompt_, {options_.chunk, Logits::last, options_.progress, options_.stop});
-    if (!logits.empty()) return true;
+    session_->read(prompt_, {options_.chunk, Logits::last, options_.progress, options_.stop});
+    if (session_->has_logits()) return true;
     if (options_.stop.stop_requested()) finish_ = Finish::cancelled;
     else throw Error("generate", "prompt", "at least one token (a text, or a vocabulary with a BOS)", "none");
     return false;

@@ -5,12 +5,14 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <span>
 #include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "tinyllama/device/operands.hpp"
 #include "tinyllama/error.hpp"
 
 namespace tinyllama {
@@ -54,6 +56,12 @@ class Sampler {
   }
 
   const SamplingOptions& options() const { return options_; }
+
+  /// The next choice as a device makes it; nothing where it needs the history or changes logits.
+  std::optional<Draw> draw() {
+    if (changes_logits()) return {};
+    return Draw{options_.temperature, options_.top_p, options_.min_p, options_.top_k, options_.temperature == 0 ? 0.0 : uniform()};
+  }
 
   /// The next token. `logits`: [vocab]; `history`: the tokens so far, for the penalties.
   std::int32_t sample(std::span<const float> logits, std::span<const std::int32_t> history = {}) {

@@ -6,6 +6,18 @@
 
 namespace tinyllama {
 
+/// Columns of a row of X that share a scale where many rows are multiplied in integers.
+inline constexpr index_t int8_columns = 256;
+/// They: x = scale 2^shift code, with a shift for each 32 columns, which lets the scale of a quiet 32 be up to 512 times smaller than that of the loudest.
+/// So sums of shifted products with codes of 8 bits fit into 32: 8 x 32 x 128 x 127 x 512 < 2^31.
+struct Int8Columns {
+  std::int8_t codes[int8_columns];
+  std::int32_t shift[int8_columns / 32];
+  std::int32_t correction[int8_columns / 32];  // -128 times the sum of 32 codes: what the 128 that is added to codes of W adds to a product
+  float scale;
+};
+inline constexpr int int8_shifts = 9;
+
 /// Y [m, n] = X [m, k] W^T for the rows of W in some panels; X is given in the form that the kernel takes.
 struct MatmulTask {
   const std::byte* w;        // packed panels of W [n, k]
@@ -16,9 +28,9 @@ struct MatmulTask {
   const float* x;            // matmul_f32: [m, k], rows ldx apart, 0 at column k where k is odd
   const bf16* x_bf16;        // matmul_bf16: the same in bf16
   index_t ldx;
-  const std::int8_t* x_q8;   // matmul_int8: [m, k] with a scale and a sum for each 32 columns. Up to int8_signed_rows
-                             // rows: signed, and with a sum for each 16; more: unsigned, 128 added
+  const std::int8_t* x_q8;   // matmul_int8, up to int8_stream_rows rows: [m, k] with a scale and a sum for each 32 columns, and a sum for each 16
   const float *x_scale, *x_sum32, *x_sum16;
+  const Int8Columns* x_columns;  // matmul_int8, more rows: [k / 256, rounded up][m]
 };
 
 /// Positions a page of the KV cache holds. K lies [head_dim][page_tokens] (lanes are positions), V [page_tokens][head_stride]; in q8_0 as codes
@@ -75,7 +87,8 @@ struct StoreTask {
   K(attention, const AttentionTask& task)                                                                                                      \
   K(attention_bf16, const AttentionTask& task)      /* the same with products of bf16, for at most prefill_rows(head_dim) rows */               \
   K(round_bf16, bf16* out, const float* x, index_t n)                                                    /* to nearest even */                  \
-  K(quantise_activations, std::int8_t* q, float* scale, float* sum32, float* sum16, const float* x, index_t n, bool as_unsigned)               \
+  K(quantise_activations, std::int8_t* q, float* scale, float* sum32, float* sum16, const float* x, index_t n)                                 \
+  K(quantise_columns, Int8Columns* to, index_t stride, const float* x, index_t n)   /* one of them each `stride` elements */                    \
   K(matmul_f32, const MatmulTask& task, index_t first_panel, index_t last_panel)                                                               \
   K(matmul_bf16, const MatmulTask& task, index_t first_panel, index_t last_panel)                                                              \
   K(matmul_int8, const MatmulTask& task, index_t first_panel, index_t last_panel)
@@ -84,7 +97,7 @@ struct StoreTask {
 struct Kernels {
   const char* instruction_set;
   bool bf16_dot;             // matmul_bf16 is faster than matmul_f32 here
-  index_t int8_signed_rows;  // matmul_int8 takes so many rows of X with signed codes, and more with unsigned ones
+  index_t int8_stream_rows;  // matmul_int8 takes so many rows of X as x_q8, and more as x_columns
 #define TINYLLAMA_KERNEL_MEMBER(name, ...) void (*name)(__VA_ARGS__);
   TINYLLAMA_KERNELS(TINYLLAMA_KERNEL_MEMBER)
 #undef TINYLLAMA_KERNEL_MEMBER

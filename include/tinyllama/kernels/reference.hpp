@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -133,9 +134,8 @@ inline void round_bf16(bf16* out, const float* x, index_t n) {
   for (index_t i = 0; i < n; ++i) out[i] = bf16(x[i]);
 }
 
-// groups of 32: q = round(x / scale), or that + 128, scale = max|x| / 127; the sums are of scale round(x / scale);
-// sum16 may be null. A NaN or an infinity makes its group NaN or infinite.
-inline void quantise_activations(std::int8_t* q, float* scale, float* sum32, float* sum16, const float* x, index_t n, bool as_unsigned) {
+// groups of 32: q = round(x / scale), scale = max|x| / 127; the sums are of scale round(x / scale). A NaN or an infinity makes its group NaN or infinite.
+inline void quantise_activations(std::int8_t* q, float* scale, float* sum32, float* sum16, const float* x, index_t n) {
   for (index_t g = 0; g < n / 32; ++g) {
     const float max = detail::largest_magnitude(x + g * 32, 32), d = max / 127.0f, inverse = quantise_inverse(max);
     scale[g] = d;
@@ -143,12 +143,35 @@ inline void quantise_activations(std::int8_t* q, float* scale, float* sum32, flo
     for (index_t i = 0; i < 32; ++i) {
       const float code = x[g * 32 + i] * inverse;
       const int nearest = code == code ? static_cast<int>(std::nearbyint(code)) : 0;
-      q[g * 32 + i] = static_cast<std::int8_t>(as_unsigned ? nearest + 128 : nearest);
+      q[g * 32 + i] = static_cast<std::int8_t>(nearest);
       sum[i / 16] += nearest;
     }
     sum32[g] = d * static_cast<float>(sum[0] + sum[1]);
-    if (sum16)
-      for (index_t h = 0; h < 2; ++h) sum16[2 * g + h] = d * static_cast<float>(sum[h]);
+    for (index_t h = 0; h < 2; ++h) sum16[2 * g + h] = d * static_cast<float>(sum[h]);
+  }
+}
+
+// 256 columns: the loudest 32 has the scale max|x| / 127, the others that scale halved as often (up to int8_shifts times) as their own maximum allows:
+// as an integer it is 2^23 smaller for each doubling that leaves it at most the loudest
+inline void quantise_columns(Int8Columns* to, index_t stride, const float* x, index_t n) {
+  for (index_t c = 0; c < n; c += int8_columns, to += stride) {
+    const index_t columns = std::min(int8_columns, n - c);
+    const float max = detail::largest_magnitude(x + c, columns);
+    to->scale = max / 127.0f * (1.0f / (1 << int8_shifts));
+    for (index_t g = 0; g < columns / 32; ++g) {
+      const float* from = x + c + 32 * g;
+      const float own = detail::largest_magnitude(from, 32);
+      const int doubled = (std::bit_cast<std::int32_t>(max) - std::bit_cast<std::int32_t>(own)) >> 23, halved = std::min(doubled, int8_shifts);
+      to->shift[g] = int8_shifts - halved;
+      int sum = 0;
+      for (index_t i = 0; i < 32; ++i) {
+        const float code = from[i] * (quantise_inverse(max) * static_cast<float>(1 << halved));
+        const int nearest = code == code ? static_cast<int>(std::nearbyint(code)) : 0;
+        to->codes[32 * g + i] = static_cast<std::int8_t>(nearest);
+        sum += nearest;
+      }
+      to->correction[g] = -128 * sum;
+    }
   }
 }
 

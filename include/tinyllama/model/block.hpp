@@ -3,7 +3,8 @@
 //   mid = x   + Wo attention(rope(Wq n), rope(Wk n), Wv n),   n = rmsnorm(x)
 //   out = mid + Wdown (silu(Wgate m) * Wup m),                m = rmsnorm(mid)
 //
-// Each half leaves what it adds where its sum will be; the norm that reads the sum adds the rest on its way, which saves a pass.
+// Each half leaves what it adds where its sum will be; the norm that reads the sum adds the rest on its way, which saves a pass; or the product does,
+// where the device can, which saves another.
 #pragma once
 
 #include "tinyllama/config/config.hpp"
@@ -35,7 +36,7 @@ struct BlockActivations {
   View<A, dyn, X::hidden> ffn_normed;    // [T, hidden]: m
   View<A, dyn, X::gate_up> gate_up;      // [T, 2 ffn]
   View<A, dyn, X::ffn> gated;            // [T, ffn]
-  View<float, dyn, X::hidden> out;       // [T, hidden], without mid until the next norm
+  View<float, dyn, X::hidden> out;       // [T, hidden]; unless products add (detail::AddsToResidual), without mid until the next norm
 
   View<A, dyn, dyn> gate() const { return columns(gate_up, 0, gated.extent(1)); }
   View<A, dyn, dyn> up() const { return columns(gate_up, gated.extent(1), 2 * gated.extent(1)); }
@@ -48,6 +49,10 @@ struct RopeAngles {
 };
 
 namespace detail {
+/// Whether a product of D with weights W leaves the whole residual stream; else the norm that reads it adds the rest.
+template <class D, class W>
+concept AddsToResidual = requires(D& dev, View<float, dyn, dyn> y, View<typename D::activation, dyn, dyn> x, const W& w) { dev.matmul_add(y, x, w, y); };
+
 /// Queries and keys of qkv, which lie side by side, turned by the angles (backward: by their opposites).
 template <Config C, Device D, class V>
 void rope_queries_and_keys(D& dev, const C& c, V qkv, const RopeAngles& r) {
@@ -60,14 +65,24 @@ void rope_queries_and_keys(D& dev, const C& c, V qkv, const RopeAngles& r) {
 template <Config C, Device D, class W, class A, class Attend>
 void block_forward(D& dev, const C& c, const Layer<W>& w, const BlockActivations<C, A>& a, const RopeAngles& angles, Attend&& attend, bool output = true) {
   matmul(dev, a.qkv, a.normed, w.qkv);
-  detail::rope_queries_and_keys(dev, c, a.qkv, angles);
-  attend(a.attended, a.qkv);
-  matmul(dev, a.mid, a.attended, w.o);
-
-  dev.add_rmsnorm(a.ffn_normed, a.mid, a.x, w.ffn_norm, c.norm_eps);
+  if constexpr (requires { attend(a.attended, a.qkv, angles); }) {  // turns queries and keys itself, on their way into the cache
+    attend(a.attended, a.qkv, angles);
+  } else {
+    detail::rope_queries_and_keys(dev, c, a.qkv, angles);
+    attend(a.attended, a.qkv);
+  }
+  if constexpr (detail::AddsToResidual<D, W>) {
+    dev.matmul_add(a.mid, a.attended, w.o, a.x);
+    dev.rmsnorm(a.ffn_normed, a.mid, w.ffn_norm, c.norm_eps);
+  } else {
+    matmul(dev, a.mid, a.attended, w.o);
+    dev.add_rmsnorm(a.ffn_normed, a.mid, a.x, w.ffn_norm, c.norm_eps);
+  }
   matmul(dev, a.gate_up, a.ffn_normed, w.gate_up);
   swiglu(dev, a.gated, a.gate(), a.up());
-  if (output) matmul(dev, a.out, a.gated, w.down);
+  if (!output) return;
+  if constexpr (detail::AddsToResidual<D, W>) dev.matmul_add(a.out, a.gated, w.down, a.mid);
+  else matmul(dev, a.out, a.gated, w.down);
 }
 
 /// Gradients that pass through a block; all blocks share them. d[x] is the gradient of the loss by x.

@@ -42,6 +42,18 @@ struct LearnedWeights {
   }
 };
 
+/// Told by a pass which part of the weights comes next and which is done: 0 the embedding, 1 .. layers the blocks, layers + 1 the last norm and the head. Weights
+/// need be there, and the places of gradients known, from `before` to `after` only; that is how distributed/ shards them.
+struct PassHooks {
+  virtual void before_forward(int /*part*/) {}
+  virtual void after_forward(int /*part*/) {}
+  virtual void before_backward(int /*part*/) {}
+  virtual void after_backward(int /*part*/) {}  // the part's gradients are complete
+
+ protected:
+  ~PassHooks() = default;
+};
+
 /// The memory of a training pass, for one shape at a time; and the pass.
 template <Config C, TrainingDevice D>
 class TrainingPass {
@@ -65,19 +77,28 @@ class TrainingPass {
   std::size_t bytes() const { return arena_ ? arena_->capacity() : 0; }
   const AdapterWork& adapter_work() const { return buffers_->adapters; }
 
+  /// Whom the next passes tell of the parts; null: nobody.
+  void hook(PassHooks* hooks) { hooks_ = hooks; }
+
   /// ids [T] of all sequences through the model, up to the last norm.
   void forward(const LearnedWeights<C>& w, std::span<const std::int32_t> ids, std::span<const Sequence> batch) {
     const C& c = w.config;
     D& dev = *dev_;
+    const int parts = static_cast<int>(blocks_.size()) + 2;
     turn(w, batch);
+    tell(&PassHooks::before_forward, 0);
     dev.embedding(blocks_.front().x, Matrix{Format::f32, false, w.embedding.rows, w.embedding.columns, reinterpret_cast<const std::byte*>(w.embedding.value)},
                   dev.batch(ids, batch));
+    tell(&PassHooks::after_forward, 0);
     for (std::size_t l = 0; l < blocks_.size(); ++l) {
       const BlockActivations<C>& a = blocks_[l];
+      tell(&PassHooks::before_forward, static_cast<int>(l) + 1);
       if (l == 0) dev.rmsnorm(a.normed, a.x, w.layers[l].attn_norm, c.norm_eps);
       else dev.add_rmsnorm(a.normed, a.x, blocks_[l - 1].mid, w.layers[l].attn_norm, c.norm_eps);
       block(w, l, batch, true);
+      tell(&PassHooks::after_forward, static_cast<int>(l) + 1);
     }
+    tell(&PassHooks::before_forward, parts - 1);
     const BlockActivations<C>& last = blocks_.back();
     dev.add_rmsnorm(buffers_->final_normed, last.out, last.mid, w.final_norm, c.norm_eps);
   }
@@ -85,6 +106,7 @@ class TrainingPass {
   /// The loss of each row, [T]: targets below 0 do not count and have none. After forward(); valid until the next call.
   std::span<const float> losses(const LearnedWeights<C>& w, std::span<const std::int32_t> targets) {
     head(w, targets, false);
+    tell(&PassHooks::after_forward, static_cast<int>(blocks_.size()) + 1);
     return {buffers_->losses, targets.size()};
   }
 
@@ -97,13 +119,17 @@ class TrainingPass {
     const TrainingBuffers<C>& b = *buffers_;
     const BlockGradients<C>& d = b.gradients;
     std::copy(weights.begin(), weights.end(), b.weights);
+    const int last = static_cast<int>(blocks_.size()) + 1;
+    tell(&PassHooks::before_backward, last);
     head(w, targets, true);
     const auto T = static_cast<index_t>(ids.size());
     fill(dev, d.x.data(), T * c.hidden, 0.0f);
     rmsnorm_backward(dev, d.x, d.normed, blocks_.back().out, w.final_norm, w.d_final_norm, c.norm_eps, d.rms);
+    tell(&PassHooks::after_backward, last);
     const HeadShape heads{c.heads, c.kv_heads, head_dim(c)};
     for (std::size_t l = blocks_.size(); l-- > 0;) {
       const BlockActivations<C>& a = blocks_[l];
+      tell(&PassHooks::before_backward, static_cast<int>(l) + 1);
       const LearnedLayer& layer = w.layers[l];
       if (shape_.checkpointing != Checkpointing::none) dev.rmsnorm(a.normed, a.x, layer.attn_norm, c.norm_eps);
       if (shape_.checkpointing == Checkpointing::layer) {
@@ -115,12 +141,18 @@ class TrainingPass {
       block_backward(dev, c, layer, a, d, {b.cos, b.opposite_sin}, [&](auto dqkv, auto d_attended) {
         flash_attention_backward(dev, dqkv, d_attended, a.qkv, a.attended, lse_[l], batch, heads, b.heads_kv, layer.qkv.product(false));
       }, layer.d_attn_norm, layer.d_ffn_norm);
+      tell(&PassHooks::after_backward, static_cast<int>(l) + 1);
     }
+    tell(&PassHooks::before_backward, 0);
     if (w.embedding.gradient) embedding_backward(dev, View<float, dyn, dyn>(w.embedding.gradient, {w.embedding.rows, w.embedding.columns}), ids, d.x);
+    tell(&PassHooks::after_backward, 0);
     return {b.losses, targets.size()};
   }
 
  private:
+  void tell(void (PassHooks::*what)(int), int part) const {
+    if (hooks_) (hooks_->*what)(part);
+  }
   void block(const LearnedWeights<C>& w, std::size_t l, std::span<const Sequence> batch, bool output) {
     const C& c = w.config;
     block_forward(*dev_, c, static_cast<const Layer<LearnedMatrix>&>(w.layers[l]), blocks_[l], {buffers_->cos, buffers_->sin}, [&](auto attended, auto qkv) {
@@ -163,6 +195,7 @@ class TrainingPass {
   }
 
   D* dev_;
+  PassHooks* hooks_ = nullptr;
   TrainingShape shape_;
   std::unique_ptr<Arena<D>> arena_;
   std::optional<TrainingBuffers<C>> buffers_;

@@ -27,11 +27,9 @@ template <class O>
 inline constexpr bool observes_attention = requires(O& o, const Sequence& s, View<const float, dyn, dyn, dyn> p) { o.attention(0, s, p); };
 }  // namespace detail
 
-/// One step: `ids` [T] of all sequences of `batch`, one after the other, through the model; keys and values go into the sequences' pages,
-/// logits into work.logits(), [sequences, vocab] for Logits::last, [T, vocab] for Logits::all. Ids were checked against the vocabulary.
-template <Config C, Device D, class Observer = NoObserver>
-void forward(const Weights<C, D>& w, std::span<const std::int32_t> ids, std::span<const Sequence> batch, Workspace<C, D>& work, Logits want,
-             Observer&& observer = {}) {
+namespace detail {
+template <Config C, Device D, class Ids, class Observer>
+void forward(const Weights<C, D>& w, const Ids& ids, std::span<const Sequence> batch, Workspace<C, D>& work, Logits want, Observer&& observer) {
   using O = std::remove_reference_t<Observer>;
   using X = extents<C>;
   using A = typename D::activation;
@@ -41,7 +39,13 @@ void forward(const Weights<C, D>& w, std::span<const std::int32_t> ids, std::spa
   const index_t q_columns = c.hidden, kv_columns = static_cast<index_t>(c.kv_heads) * head_dim(c);
   work.prepare(dev, c, T, want == Logits::none ? 0 : want == Logits::last ? S : T);
 
-  const auto x = work.x(), n = work.normed(), y = work.projected();  // [T, hidden]
+  constexpr bool observed = observes_hidden<O> || observes_attention<O>;
+  // A device may offer one token's step as a whole.
+  if constexpr (!observed && requires { dev.decode(w.prepared, work.logits().data(), ids[0], batch[0]); })
+    if (T == 1 && want != Logits::none && dev.decode(w.prepared, work.logits().data(), ids[0], batch[0])) return;
+
+  const View<float, dyn, X::hidden> x = work.x(), y = work.projected();  // [T, hidden]
+  const View<A, dyn, X::hidden> n = work.normed();
   const BlockActivations<C, A> a{x, n, work.qkv(), work.attended(), y, n, work.gate_up(), work.gated(), x};
   const RopeAngles angles{work.cos(), work.sin(), w.rope};
   const View<A, dyn, X::kv> k = columns(a.qkv, q_columns, q_columns + kv_columns);  // [T, kv_heads head_dim]
@@ -50,35 +54,67 @@ void forward(const Weights<C, D>& w, std::span<const std::int32_t> ids, std::spa
 
   const typename D::Batch step = dev.batch(ids, batch);
   [[maybe_unused]] typename D::Staging seen;  // what observers see
-  dev.rope_angles(angles.cos, angles.sin, w.frequencies, step);
-  dev.embedding(x, w.embedding, step);
-  if constexpr (detail::observes_hidden<O>) observer.hidden(-1, dev.host(View<const float, dyn, dyn>(x), seen));
+  constexpr bool rope_on_the_way = requires { dev.rope_store_kv(q, k, v, angles.cos, angles.sin, angles.layout, w.cache, 0, step); };  // into the pages
+  constexpr bool complete = AddsToResidual<D, Linear>;  // x, behind a layer
+  const auto enqueue = [&] {  // nvcc 13 wants braces behind each if constexpr of a lambda
+    dev.rope_angles(angles.cos, angles.sin, w.frequencies, step);
+    dev.embedding(x, w.embedding, step);
+    if constexpr (observes_hidden<O>) observer.hidden(-1, dev.host(View<const float, dyn, dyn>(x), seen));
 
-  for (int l = 0; l < c.layers; ++l) {
-    const LayerWeights& layer = w.layers[static_cast<std::size_t>(l)];
-    if (l == 0 || detail::observes_hidden<O>) dev.rmsnorm(n, x, layer.attn_norm, c.norm_eps);
-    else dev.add_rmsnorm(n, x, y, layer.attn_norm, c.norm_eps);
-    block_forward(dev, c, layer, a, angles, [&](auto attended, auto) {
-      dev.store_kv(k, v, w.cache, l, step);
-      dev.attention(attended, q, w.cache, l, step);
-      if constexpr (detail::observes_attention<O>)
-        for (const Sequence& s : batch) {
-          const auto p = dev.attention_probabilities(q, w.cache, l, s);  // owned, [heads, tokens, position + tokens]
-          observer.attention(l, s, View<const float, dyn, dyn, dyn>(p.data(), {c.heads, s.tokens, s.position + s.tokens}));
+    for (int l = 0; l < c.layers; ++l) {
+      const LayerWeights& layer = w.layers[static_cast<std::size_t>(l)];
+      if (l == 0 || complete || observes_hidden<O>) dev.rmsnorm(n, x, layer.attn_norm, c.norm_eps);
+      else dev.add_rmsnorm(n, x, y, layer.attn_norm, c.norm_eps);
+      const auto attend = [&](auto attended) {
+        dev.attention(attended, q, w.cache, l, step);
+        if constexpr (observes_attention<O>) {
+          for (const Sequence& s : batch) {
+            const auto p = dev.attention_probabilities(q, w.cache, l, s);  // owned, [heads, tokens, position + tokens]
+            observer.attention(l, s, View<const float, dyn, dyn, dyn>(p.data(), {c.heads, s.tokens, s.position + s.tokens}));
+          }
         }
-    });
-    if constexpr (detail::observes_hidden<O>) {
-      dev.add(x, y);
-      observer.hidden(l, dev.host(View<const float, dyn, dyn>(x), seen));
+      };
+      if constexpr (rope_on_the_way) {
+        block_forward(dev, c, layer, a, angles, [&](auto attended, auto, const RopeAngles& r) {
+          dev.rope_store_kv(q, k, v, r.cos, r.sin, r.layout, w.cache, l, step);
+          attend(attended);
+        });
+      } else {
+        block_forward(dev, c, layer, a, angles, [&](auto attended, auto) {
+          dev.store_kv(k, v, w.cache, l, step);
+          attend(attended);
+        });
+      }
+      if constexpr (observes_hidden<O>) {
+        if constexpr (!complete) dev.add(x, y);
+        observer.hidden(l, dev.host(View<const float, dyn, dyn>(x), seen));
+      }
     }
-  }
 
-  if (want == Logits::none) return;
-  if constexpr (detail::observes_hidden<O>) dev.rmsnorm(n, x, w.final_norm, c.norm_eps);
-  else dev.add_rmsnorm(n, x, y, w.final_norm, c.norm_eps);
-  if (want == Logits::all) return matmul(dev, work.logits(), n, w.head);
-  dev.last_rows(work.selected(), n, step);
-  matmul(dev, work.logits(), work.selected(), w.head);
+    if (want == Logits::none) return;
+    if constexpr (complete || observes_hidden<O>) dev.rmsnorm(n, x, w.final_norm, c.norm_eps);
+    else dev.add_rmsnorm(n, x, y, w.final_norm, c.norm_eps);
+    if (want == Logits::all) return matmul(dev, work.logits(), n, w.head);
+    dev.last_rows(work.selected(), n, step);
+    matmul(dev, work.logits(), work.selected(), w.head);
+  };
+  // A device may keep steps that look alike.
+  if constexpr (!observed && requires { dev.repeat(w.prepared, step, x.data(), 0, enqueue); }) dev.repeat(w.prepared, step, x.data(), static_cast<int>(want), enqueue);
+  else enqueue();
+}
+}  // namespace detail
+
+/// One step: `ids` [T] of all sequences of `batch`, one after the other, through the model; keys and values go into the sequences' pages,
+/// logits into work.logits(), [sequences, vocab] for Logits::last, [T, vocab] for Logits::all. Ids were checked against the vocabulary.
+template <Config C, Device D, class Observer = NoObserver>
+void forward(const Weights<C, D>& w, std::span<const std::int32_t> ids, std::span<const Sequence> batch, Workspace<C, D>& work, Logits want,
+             Observer&& observer = {}) {
+  detail::forward(w, ids, batch, work, want, observer);
+}
+/// The same with ids that a device which takes them has itself.
+template <Config C, Device D>
+void forward(const Weights<C, D>& w, DeviceIds ids, std::span<const Sequence> batch, Workspace<C, D>& work, Logits want) {
+  detail::forward(w, ids, batch, work, want, NoObserver{});
 }
 
 }  // namespace tinyllama

@@ -43,8 +43,16 @@ class Model {
   std::optional<Tokenizer> tokenizer_;
 };
 
+/// Tokens of a prefill step on D, where `asked` (0: no wish) is the caller's wish.
+template <Device D>
+constexpr index_t prefill_chunk(index_t asked) {
+  if (asked > 0) return asked;
+  if constexpr (requires { D::prefill_rows; }) return D::prefill_rows;
+  else return 512;
+}
+
 struct PrefillOptions {
-  index_t chunk = 512;                                                   ///< tokens of a step
+  index_t chunk = 0;                                                     ///< tokens of a step; 0: as many as suit the device
   Logits logits = Logits::last;                                          ///< of the last position, or of none; `all` through Session::logits_of
   std::function<void(std::size_t done, std::size_t total)> progress = {};    ///< tokens, after each chunk
   std::stop_token stop = {};                                                 ///< checked between chunks
@@ -63,7 +71,7 @@ template <Config C, Device D>
 class Session {
  public:
   explicit Session(Model<C, D> model) : model_(std::move(model)), cache_(model_.new_cache()) {}
-  Session(const Session& o) : model_(o.model_), cache_(o.cache_), tokens_(o.tokens_), deferred_(o.deferred_), logits_(o.logits_) {}
+  Session(const Session& o) : model_(o.model_), cache_(o.cache_), tokens_(o.tokens_), deferred_(o.deferred_), logits_(o.logits().begin(), o.logits().end()) {}
   Session& operator=(const Session& o) { return *this = Session(o); }
   Session(Session&&) noexcept = default;
   Session& operator=(Session&&) noexcept = default;
@@ -81,7 +89,7 @@ class Session {
     if (length < cache_.length()) cache_.truncate(length);
     tokens_.resize(static_cast<std::size_t>(length));
     deferred_ = length > cache_.length();
-    logits_.clear();
+    forget_logits();
   }
 
   /// Adds a token that will be read together with the next ones, or by flush(): the last token of an answer costs no step of its own.
@@ -94,7 +102,7 @@ class Session {
   }
   /// Reads a deferred token, if there is one; logits() are then those behind it.
   void flush() {
-    if (deferred_) prefill({});
+    if (deferred_) read({});
   }
 
   /// Allocates what `tokens` positions and steps of `rows` tokens will need.
@@ -110,33 +118,64 @@ class Session {
   /// Reads `ids` behind what is in the cache, in chunks. Returns the logits [vocab] behind the last of them (empty for Logits::none, for no
   /// ids, or where `stop` was requested; what was read by then stays in the cache).
   std::span<const float> prefill(std::span<const std::int32_t> ids, const PrefillOptions& options = {}) {
+    read(ids, options);
+    return logits();
+  }
+  /// The same, but the logits stay on the device until logits() asks for them, or choose() has no need to.
+  void read(std::span<const std::int32_t> ids, const PrefillOptions& options = {}) {
     check_ids(ids, model_.config().vocab);
-    const auto read = static_cast<std::size_t>(cache_.length()), total = tokens_.size() + ids.size() - read;
+    const auto known = static_cast<std::size_t>(cache_.length()), total = tokens_.size() + ids.size() - known;
     cache_.reserve(cache_.length() + static_cast<index_t>(total));
     tokens_.insert(tokens_.end(), ids.begin(), ids.end());
     deferred_ = false;
-    logits_.clear();
-    const auto chunk = static_cast<std::size_t>(std::max<index_t>(1, options.chunk));
+    forget_logits();
+    const auto chunk = static_cast<std::size_t>(prefill_chunk<D>(options.chunk));
     for (std::size_t done = 0; done < total;) {
       if (options.stop.stop_requested()) {
-        tokens_.resize(read + done);
-        return {};
+        tokens_.resize(known + done);
+        return;
       }
       const std::size_t n = std::min(chunk, total - done);
       const bool last = done + n == total && options.logits != Logits::none;
-      step(std::span<const std::int32_t>(tokens_).subspan(read + done, n), last ? Logits::last : Logits::none, NoObserver{});
-      if (last) {
-        const auto l = work_->host_logits(model_.device());
-        logits_.assign(l.data(), l.data() + l.size());
-      }
+      step(std::span<const std::int32_t>(tokens_).subspan(known + done, n), last ? Logits::last : Logits::none, NoObserver{});
+      logits_on_device_ = last;
       done += n;
       if (options.progress) options.progress(done, total);
     }
-    return logits_;
   }
 
   /// One more token; the logits [vocab] behind it. After reserve() nothing is allocated.
   std::span<const float> decode(std::int32_t id) { return prefill(std::span(&id, 1)); }
+
+  /// `n` tokens, each the most probable (the lowest id among equals) behind the one before it, the first behind `id`; all but the last are then in the
+  /// session, and logits() are those that the last came from. A device that offers it goes from token to token without the host.
+  std::vector<std::int32_t> decode_greedy(std::int32_t id, index_t n) {
+    std::vector<std::int32_t> found;
+    if (n <= 0) return found;
+    check_ids(std::span(&id, 1), model_.config().vocab);
+    flush();
+    found.resize(static_cast<std::size_t>(n));
+    if constexpr (requires(D& dev, const Sequence& s) { dev.decode(model_.weights().prepared, work_->logits().data(), id, s, found.data(), n); }) {
+      D& dev = model_.device();
+      const Sequence s{0, n, cache_.length(), cache_.open(n)};
+      work_->prepare(dev, model_.config(), 1, 1);
+      const Memory<D> memory(dev, found.size() * sizeof(std::int32_t));
+      if (dev.decode(model_.weights().prepared, work_->logits().data(), id, s, reinterpret_cast<std::int32_t*>(memory.data()), n)) {
+        dev.download(found.data(), memory.data(), found.size() * sizeof(std::int32_t));
+        tokens_.push_back(id);
+        tokens_.insert(tokens_.end(), found.begin(), found.end() - 1);
+        cache_.advance(n);
+        forget_logits();
+        logits_on_device_ = true;
+        return found;
+      }
+    }
+    for (std::int32_t& next : found) {
+      const auto l = decode(id);
+      id = next = static_cast<std::int32_t>(std::max_element(l.begin(), l.end()) - l.begin());
+    }
+    return found;
+  }
 
   /// Logits of every position of `ids`, [T, vocab], in one step; valid until the session's next one. `observer`: see llama.hpp.
   template <class Observer = NoObserver>
@@ -145,6 +184,7 @@ class Session {
     flush();
     cache_.reserve(cache_.length() + static_cast<index_t>(ids.size()));
     tokens_.insert(tokens_.end(), ids.begin(), ids.end());
+    forget_logits();
     step(ids, Logits::all, observer);
     const auto l = work_->host_logits(model_.device());
     if (l.extent(0) > 0) logits_.assign(&l(l.extent(0) - 1, 0), &l(l.extent(0) - 1, 0) + l.extent(1));
@@ -152,7 +192,28 @@ class Session {
   }
 
   /// The logits behind the last position, as the last prefill or decode left them.
-  std::span<const float> logits() const { return logits_; }
+  std::span<const float> logits() const {
+    if (std::exchange(logits_on_device_, false)) {
+      const auto l = work_->host_logits(model_.device());
+      logits_.assign(l.data(), l.data() + l.size());
+    }
+    return logits_;
+  }
+  bool has_logits() const { return logits_on_device_ || !logits_.empty(); }
+  bool has_logits_on_device() const { return logits_on_device_; }
+  /// The token that `how` chooses from these, without their coming to the host; nothing where the device does not choose, or has them no more.
+  std::optional<std::int32_t> choose(const Draw& how) {
+    if constexpr (requires(D& dev) { dev.sample(static_cast<std::int32_t*>(nullptr), work_->logits(), std::span(&how, 1)); })
+      if (logits_on_device_) {
+        D& dev = model_.device();
+        if (chosen_.bytes() == 0) chosen_ = Memory<D>(dev, sizeof(std::int32_t));
+        dev.sample(reinterpret_cast<std::int32_t*>(chosen_.data()), work_->logits(), std::span(&how, 1));
+        std::int32_t id = 0;
+        dev.download(&id, chosen_.data(), sizeof id);
+        if (id >= 0) return id;
+      }
+    return {};
+  }
 
   /// Writes cache and tokens to a file, atomically; restore() reads them back into a session of the same model.
   void save(const std::filesystem::path& path) {
@@ -164,13 +225,17 @@ class Session {
     tokens_.resize(extra.size() / sizeof(std::int32_t));
     deferred_ = false;
     if (!tokens_.empty()) std::memcpy(tokens_.data(), extra.data(), tokens_.size() * sizeof(std::int32_t));
-    logits_.clear();
+    forget_logits();
   }
 
  private:
   template <Config C2, Device D2>
   friend View<const float, dyn, extents<C2>::vocab> prefill_batch(std::span<Session<C2, D2>* const> sessions,
                                                                    std::span<const std::span<const std::int32_t>> ids);
+  template <Config C2, Device D2>
+  friend std::vector<std::vector<std::int32_t>> decode_batch_greedy(std::span<Session<C2, D2>* const> sessions, std::span<const std::int32_t> ids, index_t n);
+
+  void forget_logits() { logits_.clear(), logits_on_device_ = false; }
 
   template <class Observer>
   void step(std::span<const std::int32_t> ids, Logits want, Observer&& observer) {
@@ -188,23 +253,35 @@ class Session {
   KvCache<D> cache_;
   std::vector<std::int32_t> tokens_;
   bool deferred_ = false;  // the last of tokens_ is not in the cache yet
-  std::vector<float> logits_;
+  mutable std::vector<float> logits_;
+  mutable bool logits_on_device_ = false;  // and not in logits_ yet
+  Memory<D> chosen_;                       // one id
   std::unique_ptr<Workspace<C, D>> work_ = std::make_unique<Workspace<C, D>>();  // on the heap: moving a session leaves views of it valid
 };
+
+namespace detail {
+template <Config C, Device D>
+void check_sessions(const char* what, std::span<Session<C, D>* const> sessions) {
+  if (sessions.empty()) throw Error(what, "sessions", "at least one", "none");
+  std::vector<const Session<C, D>*> each(sessions.begin(), sessions.end());
+  std::sort(each.begin(), each.end(), std::less<>());
+  if (const auto twice = std::adjacent_find(each.begin(), each.end()); twice != each.end())
+    throw Error(what, "session " + std::to_string(std::find(sessions.begin(), sessions.end(), *twice) - sessions.begin()), "each session once", "it again");
+  for (std::size_t i = 1; i < sessions.size(); ++i)
+    if (&sessions[i]->model().weights() != &sessions[0]->model().weights()) throw Error(what, "session " + std::to_string(i), "the model of session 0", "another");
+}
+}  // namespace detail
 
 /// Several sessions of one model in one step, each with its own new ids (of any number, at least one); weights are read once for all.
 /// Returns the logits behind each sequence's last id, [sequences, vocab], valid until the first session's next step.
 template <Config C, Device D>
 View<const float, dyn, extents<C>::vocab> prefill_batch(std::span<Session<C, D>* const> sessions, std::span<const std::span<const std::int32_t>> ids) {
   detail::expect_extent("prefill_batch", "sequences of ids", static_cast<index_t>(sessions.size()), static_cast<index_t>(ids.size()));
-  if (sessions.empty()) throw Error("prefill_batch", "sessions", "at least one", "none");
   std::vector<std::int32_t> all;
   std::vector<Sequence> batch;
+  detail::check_sessions<C, D>("prefill_batch", sessions);
   for (std::size_t i = 0; i < sessions.size(); ++i) {
     Session<C, D>& s = *sessions[i];
-    if (&s.model_.weights() != &sessions[0]->model_.weights()) throw Error("prefill_batch", "session " + std::to_string(i), "the model of session 0", "another");
-    for (std::size_t j = 0; j < i; ++j)
-      if (sessions[j] == &s) throw Error("prefill_batch", "session " + std::to_string(i), "each session once", "session " + std::to_string(j) + " again");
     if (ids[i].empty()) throw Error("prefill_batch", "ids of session " + std::to_string(i), "at least one", "none");
     check_ids(ids[i], s.model_.config().vocab);
     s.flush();
@@ -225,6 +302,7 @@ View<const float, dyn, extents<C>::vocab> prefill_batch(std::span<Session<C, D>*
     s.cache_.advance(batch[i].tokens);
     s.tokens_.insert(s.tokens_.end(), ids[i].begin(), ids[i].end());
     const float* l = &logits(static_cast<index_t>(i), 0);
+    s.forget_logits();
     s.logits_.assign(l, l + logits.extent(1));
   }
   return logits;
@@ -236,6 +314,60 @@ View<const float, dyn, extents<C>::vocab> decode_batch(std::span<Session<C, D>* 
   std::vector<std::span<const std::int32_t>> each;
   for (const std::int32_t& id : ids) each.push_back(std::span(&id, 1));
   return prefill_batch<C, D>(sessions, each);
+}
+
+/// `n` tokens for each session, [sessions][n], as decode_greedy gives them for one: each the most probable behind the one before it, the first behind
+/// ids[i]. A device that chooses tokens itself goes from step to step without the host.
+template <Config C, Device D>
+std::vector<std::vector<std::int32_t>> decode_batch_greedy(std::span<Session<C, D>* const> sessions, std::span<const std::int32_t> ids, index_t n) {
+  detail::expect_extent("decode_batch_greedy", "ids", static_cast<index_t>(sessions.size()), static_cast<index_t>(ids.size()));
+  detail::check_sessions<C, D>("decode_batch_greedy", sessions);
+  std::vector<std::vector<std::int32_t>> found(sessions.size());
+  if (n <= 0) return found;
+  const Weights<C, D>& w = sessions[0]->model_.weights();
+  D& dev = *w.device;
+  check_ids(ids, w.config.vocab);
+  if constexpr (requires(std::span<const Sequence> batch) { dev.argmax(static_cast<std::int32_t*>(nullptr), sessions[0]->work_->logits()), dev.batch(DeviceIds(nullptr, 0), batch); }) {
+    const std::size_t S = sessions.size();
+    std::vector<Sequence> batch;
+    for (Session<C, D>* s : sessions) {
+      s->flush();
+      batch.push_back({static_cast<index_t>(batch.size()), 1, s->cache_.length(), s->cache_.open(n)});
+    }
+    Workspace<C, D>& work = *sessions[0]->work_;
+    const Memory<D> memory(dev, (static_cast<std::size_t>(n) + 1) * S * sizeof(std::int32_t));
+    auto* const current = reinterpret_cast<std::int32_t*>(memory.data());
+    dev.upload(current, ids.data(), ids.size_bytes());
+    for (index_t i = 0; i < n; ++i) {
+      forward(w, DeviceIds(current, static_cast<index_t>(S)), std::span<const Sequence>(batch), work, Logits::last);
+      dev.argmax(current, work.logits());
+      dev.copy_bytes(current + static_cast<std::size_t>(i + 1) * S, current, S * sizeof(std::int32_t));
+      for (Sequence& s : batch) ++s.position;
+    }
+    std::vector<std::int32_t> all(static_cast<std::size_t>(n) * S);
+    dev.download(all.data(), current + S, all.size() * sizeof(std::int32_t));
+    const auto logits = work.host_logits(dev);
+    for (std::size_t i = 0; i < S; ++i) {
+      Session<C, D>& s = *sessions[i];
+      for (index_t t = 0; t < n; ++t) found[i].push_back(all[static_cast<std::size_t>(t) * S + i]);
+      s.tokens_.push_back(ids[i]);
+      s.tokens_.insert(s.tokens_.end(), found[i].begin(), found[i].end() - 1);
+      s.cache_.advance(n);
+      const float* l = &logits(static_cast<index_t>(i), 0);
+      s.forget_logits();
+      s.logits_.assign(l, l + logits.extent(1));
+    }
+  } else {
+    std::vector<std::int32_t> next(ids.begin(), ids.end());
+    for (index_t t = 0; t < n; ++t) {
+      const auto logits = decode_batch<C, D>(sessions, next);
+      for (std::size_t i = 0; i < sessions.size(); ++i) {
+        const float* l = &logits(static_cast<index_t>(i), 0);
+        found[i].push_back(next[i] = static_cast<std::int32_t>(std::max_element(l, l + logits.extent(1)) - l));
+      }
+    }
+  }
+  return found;
 }
 
 }  // namespace tinyllama

@@ -15,6 +15,7 @@
 #include "tinyllama/model/block.hpp"
 #include "tinyllama/model/memory_plan.hpp"
 #include "tinyllama/model/packed_file.hpp"
+#include "tinyllama/quant/codec.hpp"
 
 namespace tinyllama {
 
@@ -42,6 +43,18 @@ std::vector<double> rope_frequencies(const C& c) {
   return f;
 }
 
+namespace detail {
+template <class D>
+struct Prepared {
+  struct type {};
+};
+template <class D>
+  requires requires { typename D::Prepared; }
+struct Prepared<D> {
+  using type = typename D::Prepared;
+};
+}  // namespace detail
+
 /// All weights, and what follows from them. Immutable once built; models share it.
 template <Config C, Device D>
 struct Weights {
@@ -56,6 +69,7 @@ struct Weights {
   std::vector<double> frequencies;   // [head_dim / 2]
   Memory<D> memory;                  // empty where the weights are mapped
   std::optional<MappedFile> mapped;
+  [[no_unique_address]] typename detail::Prepared<D>::type prepared;  // what a device that takes whole steps works out once
   std::span<const std::byte> bytes;  // all weights, in the device's memory or mapped
 
   /// Reads every tensor of `file`, a Checkpoint or what looks like one (path, rope, tensor(), release()), in slices, packs each and gives its
@@ -92,6 +106,7 @@ struct Weights {
     const Format weights = w->layers.front().qkv.part[0].format;
     if (compute != Compute::f32 && options.cache != Format::f32 && weights != Format::f32 && weights != Format::f16) w->cache.compute = Compute::bf16;
     w->frequencies = rope_frequencies(config);
+    if constexpr (requires { dev.prepare(*w); }) w->prepared = dev.prepare(*w);
     return w;
   }
 

@@ -36,7 +36,7 @@ template <Format F>
 using Block = typename block_of<F>::type;
 
 /// How a block becomes floats and back: `decode(const Block<F>&, float* out)` and `encode(const float* in, Block<F>&)`, each of
-/// `info(F).block` elements. One specialisation a format, in the file of its family; quant/codec.hpp has them all.
+/// `info(F).block` elements. One specialisation a format, in the file of its family; quant/codec_rows.hpp has them all.
 template <Format F>
 struct Codec;
 

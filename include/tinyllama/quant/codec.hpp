@@ -2,12 +2,10 @@
 #pragma once
 
 #include <cstddef>
-#include <cstring>
 #include <string>
 
-#include "tinyllama/quant/k_quants.hpp"
-#include "tinyllama/quant/legacy.hpp"
-#include "tinyllama/quant/q8.hpp"
+#include "tinyllama/compiled.hpp"
+#include "tinyllama/quant/blocks.hpp"
 
 namespace tinyllama {
 
@@ -21,30 +19,14 @@ inline void check_row(const char* operation, Format format, index_t columns) {
 
 /// Decodes one row: `row` holds row_bytes(format, columns) bytes at any alignment, `out` takes [columns] floats.
 /// Throws Error when `columns` is not a multiple of the format's block.
-inline void decode_row(Format format, const std::byte* row, float* out, index_t columns) {
-  detail::check_row("decode_row", format, columns);
-  visit(format, [&]<Format F>() {
-    constexpr index_t block = info(F).block;
-    for (index_t k = 0; k < columns; k += block, row += sizeof(Block<F>)) {
-      Block<F> b;
-      std::memcpy(&b, row, sizeof b);
-      Codec<F>::decode(b, out + k);
-    }
-  });
-}
+TINYLLAMA_COMPILED void decode_row(Format format, const std::byte* row, float* out, index_t columns);
 
 /// Encodes [columns] floats into row_bytes(format, columns) bytes at `row`, at any alignment. A block with a NaN or an infinity
 /// decodes to NaN throughout. Throws Error when `columns` is not a multiple of the format's block.
-inline void encode_row(Format format, const float* in, std::byte* row, index_t columns) {
-  detail::check_row("encode_row", format, columns);
-  visit(format, [&]<Format F>() {
-    constexpr index_t block = info(F).block;
-    for (index_t k = 0; k < columns; k += block, row += sizeof(Block<F>)) {
-      Block<F> b;
-      Codec<F>::encode(in + k, b);
-      std::memcpy(row, &b, sizeof b);
-    }
-  });
-}
+TINYLLAMA_COMPILED void encode_row(Format format, const float* in, std::byte* row, index_t columns);
 
 }  // namespace tinyllama
+
+#if TINYLLAMA_WITH_DEFINITIONS
+#include "tinyllama/quant/codec_rows.hpp"
+#endif

@@ -37,7 +37,7 @@ class AtomicFolder {
   /// Makes the root where it is missing. `prefix` begins the names of all folders that are built in this root, so that no one else's
   /// hidden files are taken for stale temporaries. Throws Error.
   AtomicFolder(std::filesystem::path root, std::string prefix, std::string_view rest)
-      : root_(std::move(root)), prefix_(std::move(prefix)), name_(prefix_ + std::string(rest)), part_(hidden(name_, ".part")) {
+      : root_(std::move(root)), prefix_(std::move(prefix)), name_(prefix_ + std::string(rest)), part_(part_path(root_, name_)) {
     std::error_code error;
     std::filesystem::create_directories(root_, error);
     if (!std::filesystem::is_directory(root_)) throw Error(root_.string(), "", "a folder that can be made", error ? error.message() : "a file");
@@ -55,7 +55,8 @@ class AtomicFolder {
     if (!committed_) std::filesystem::remove_all(part_, ignored);
   }
 
-  /// Where to write, until commit().
+  /// Where to write, until commit(); also for other processes, which know it by root and name.
+  static std::filesystem::path part_path(const std::filesystem::path& root, const std::string& name) { return root / ("." + name + ".part"); }
   const std::filesystem::path& path() const { return part_; }
   std::filesystem::path final_path() const { return root_ / name_; }
 

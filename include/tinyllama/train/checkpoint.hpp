@@ -49,6 +49,7 @@ namespace detail {
 
 inline constexpr const char* state_json_file = "training_state.json";
 inline constexpr const char* state_arrays_file = "training_state.safetensors";
+inline constexpr const char* state_shards = "training_state-";  // 00001-of-00002.safetensors: of runs on several ranks (train/sharded_checkpoint.hpp)
 inline constexpr const char* state_format = "tinyllama training state 1";
 inline constexpr const char* step_prefix = "step-";
 inline constexpr const char* master_weights = "parameters";
@@ -149,7 +150,11 @@ inline std::vector<std::pair<std::int64_t, std::filesystem::path>> list_checkpoi
     const auto step = detail::step_of(it->path().filename().string());
     std::error_code ignored;  // a folder has its name once all of it is there; this tells one that somebody emptied
     const auto has = [&](const char* file) { return std::filesystem::exists(it->path() / file, ignored); };
-    if (step && has(detail::state_json_file) && has(detail::state_arrays_file)) all.emplace_back(*step, it->path());
+    const auto sharded = [&] {
+      const std::filesystem::directory_iterator files(it->path(), ignored);
+      return std::any_of(begin(files), end(files), [](const auto& file) { return file.path().filename().string().starts_with(detail::state_shards); });
+    };
+    if (step && has(detail::state_json_file) && (has(detail::state_arrays_file) || sharded())) all.emplace_back(*step, it->path());
   }
   std::sort(all.begin(), all.end());
   return all;
@@ -160,6 +165,16 @@ inline std::optional<std::filesystem::path> latest_checkpoint(const std::filesys
   const auto all = list_checkpoints(root);
   return all.empty() ? std::nullopt : std::optional(all.back().second);
 }
+
+namespace detail {
+/// Older checkpoints beyond `keep` go; never that of `step`: a run that went back saves below the newest.
+inline void keep_newest(const AtomicFolder& folder, const std::filesystem::path& root, int keep, std::int64_t step) {
+  if (keep <= 0) return;
+  auto all = list_checkpoints(root);
+  std::erase_if(all, [&](const auto& c) { return c.first == step; });
+  for (std::size_t i = 0; i + static_cast<std::size_t>(keep) <= all.size(); ++i) folder.remove(all[i].second.filename().string());
+}
+}  // namespace detail
 
 /// Writes ROOT/step-NNNNNNNN: config.json, model.safetensors, tokenizer files, training_state.safetensors (the arrays) and
 /// training_state.json (step, checksums, `state`). All of it is on the disk before it gets that name; then older ones beyond
@@ -212,11 +227,7 @@ inline std::filesystem::path save_checkpoint(const std::filesystem::path& root, 
   if (options.also) options.also(folder.path());
   folder.commit();
 
-  if (options.keep > 0) {
-    auto all = list_checkpoints(root);
-    std::erase_if(all, [&](const auto& c) { return c.first == step; });  // never this one: a run that went back saves below the newest
-    for (std::size_t i = 0; i + static_cast<std::size_t>(options.keep) <= all.size(); ++i) folder.remove(all[i].second.filename().string());
-  }
+  detail::keep_newest(folder, root, options.keep, step);
   return folder.final_path();
 }
 

@@ -3,6 +3,7 @@
 //   loss = -log sigmoid(beta ((log p(chosen) - log r(chosen)) - (log p(rejected) - log r(rejected)))),  r: the reference, as it was before
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <span>
 #include <vector>
@@ -54,31 +55,37 @@ PairLogProbabilities log_probabilities(Trainer<C, D>& trainer, const PreferenceP
   return b.of(trainer.losses(b.inputs, b.targets, b.batch));
 }
 
-/// One optimizer step on some pairs; `reference`: what log_probabilities() gave for each before training. Throws Error where the two differ in number.
+/// One optimizer step on some pairs; `reference`: what log_probabilities() gave for each before training. With peers each rank is given all pairs of the step, and
+/// works on its own (fsdp: not supported). Throws Error where the two differ in number.
 template <Config C, class D>
 DpoReport dpo_step(Trainer<C, D>& trainer, std::span<const PreferencePair> pairs, std::span<const PairLogProbabilities> reference, float beta = 0.1f) {
   if (pairs.empty() || pairs.size() != reference.size())
     throw Error("dpo_step", "reference", std::to_string(pairs.size()) + ", one for each pair", std::to_string(reference.size()));
-  DpoReport report;
-  std::int64_t counted = 0;
+  Peers<D>* const peers = trainer.peers();
+  if (trainer.sharding() == Sharding::fsdp) throw Error("dpo_step", "sharding", "ddp or zero1", "fsdp");
+  const auto ranks = static_cast<std::size_t>(peers ? peers->ranks() : 1), rank = static_cast<std::size_t>(peers ? peers->rank() : 0);
+  std::array<double, 3> sums{};  // loss, margin, accuracy
   std::vector<float> weights;
-  trainer.begin_step();
+  const std::size_t first = pairs.size() * rank / ranks, last = pairs.size() * (rank + 1) / ranks;
+  trainer.begin_step(static_cast<std::int64_t>(last - first));
   const float each = 1.0f / static_cast<float>(pairs.size());
-  for (std::size_t i = 0; i < pairs.size(); ++i) {
+  for (std::size_t i = first; i < last; ++i) {
     const detail::PairBatch b(pairs[i]);
     const PairLogProbabilities now = b.of(trainer.losses(b.inputs, b.targets, b.batch));
     const float z = beta * ((now.chosen - reference[i].chosen) - (now.rejected - reference[i].rejected));
     // -log sigmoid(z) and its derivative, without overflow.
-    report.loss += each * (z > 0 ? std::log1p(std::exp(-z)) : std::log1p(std::exp(z)) - z);
-    report.margin += each * z, report.accuracy += z > 0 ? each : 0.0f;
+    sums[0] += static_cast<double>(each * (z > 0 ? std::log1p(std::exp(-z)) : std::log1p(std::exp(z)) - z));
+    sums[1] += static_cast<double>(each * z), sums[2] += z > 0 ? static_cast<double>(each) : 0.0;
     const float slope = each * beta / (1.0f + std::exp(z));  // of the loss by -log p(chosen); by that of the rejected its opposite
     weights.assign(b.inputs.size(), slope);
     std::fill(weights.begin() + b.batch[1].first_row, weights.end(), -slope);
     trainer.accumulate(b.inputs, b.targets, b.batch, std::span<const float>(weights));
-    counted += pairs[i].chosen.counted() + pairs[i].rejected.counted();
   }
+  std::int64_t counted = 0;
+  for (const PreferencePair& p : pairs) counted += p.chosen.counted() + p.rejected.counted();
   trainer.end_step(counted);
-  return report;
+  if (peers) peers->sum(sums);
+  return {static_cast<float>(sums[0]), static_cast<float>(sums[1]), static_cast<float>(sums[2])};
 }
 
 }  // namespace tinyllama

@@ -67,19 +67,24 @@ struct FlatSource {
   void release(std::span<const std::byte>) const {}
 };
 
-/// Decodes a checkpoint of any format into `weights`, [parameter_count(from.config)], with the rows of Q and K in the RoPE
-/// layout `half`. Throws Error.
+/// Decodes one tensor of a checkpoint of any format into `to`, [p.size()], with the rows of Q and K in the RoPE layout `half`. Throws Error.
+template <ModelSource Source>
+void read_flat(const Source& from, const Parameter& p, float* to) {
+  const auto& t = from.tensor(p);
+  const bool rotated = p.slot == Slot::q || p.slot == Slot::k;
+  for (index_t r = 0; r < p.rows; ++r, to += p.columns)
+    decode_row(t.format, t.row(rotated ? detail::permuted_row(r, head_dim(from.config), from.rope, RopeLayout::half) : r).data(), to, p.columns);
+  from.release(t);
+}
+/// All of it into `weights`, [parameter_count(from.config)].
 template <ModelSource Source>
 void read_flat(const Source& from, std::span<float> weights) {
   const auto count = static_cast<std::size_t>(parameter_count(from.config));
   if (weights.size() != count) throw Error(from.path, "weights", "room for " + std::to_string(count) + " floats", std::to_string(weights.size()));
   float* out = weights.data();
   for_each_parameter(from.config, [&](const Parameter& p) {
-    const auto& t = from.tensor(p);
-    const bool rotated = p.slot == Slot::q || p.slot == Slot::k;
-    for (index_t r = 0; r < p.rows; ++r, out += p.columns)
-      decode_row(t.format, t.row(rotated ? detail::permuted_row(r, head_dim(from.config), from.rope, RopeLayout::half) : r).data(), out, p.columns);
-    from.release(t);
+    read_flat(from, p, out);
+    out += p.size();
   });
 }
 

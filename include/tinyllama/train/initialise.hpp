@@ -25,24 +25,29 @@ double initial_deviation(const C& c, const Parameter& p) {
   return p.slot == Slot::o || p.slot == Slot::down ? 1.0 / (std::sqrt(hidden) * c.layers) : std::sqrt(2.0 / (5.0 * hidden));
 }
 
-/// Fills `weights` [parameter_count(c)], in the order of for_each_parameter, in the host's memory. Normal deviates by Box and Muller's way.
+/// Fills one tensor, the `tensor`th of for_each_parameter, in the host's memory. Normal deviates by Box and Muller's way.
+template <Config C, class D>
+void initialise(D& dev, const C& c, const Parameter& p, std::uint64_t tensor, float* weights, std::uint64_t seed) {
+  const std::uint64_t key = random_bits(seed, tensor);
+  const double deviation = initial_deviation(c, p);
+  dev.parallel_for(p.size(), 1 << 14, [&](index_t begin, index_t end) {
+    for (index_t i = begin; i < end; ++i) {
+      if (p.role == Role::gain) {
+        weights[i] = 1.0f;
+        continue;
+      }
+      const std::uint64_t bits = random_bits(key, static_cast<std::uint64_t>(i));
+      const double u = (static_cast<double>(bits >> 32) + 1.0) * 0x1p-32, v = static_cast<double>(bits & 0xffffffffu) * 0x1p-32;  // (0, 1], [0, 1)
+      weights[i] = static_cast<float>(deviation * std::sqrt(-2.0 * std::log(u)) * std::cos(2.0 * std::numbers::pi * v));
+    }
+  });
+}
+/// Fills `weights` [parameter_count(c)], in the order of for_each_parameter.
 template <Config C, class D>
 void initialise(D& dev, const C& c, float* weights, std::uint64_t seed) {
   std::uint64_t tensor = 0;
   for_each_parameter(c, [&](const Parameter& p) {
-    const std::uint64_t key = random_bits(seed, tensor++);
-    const double deviation = initial_deviation(c, p);
-    dev.parallel_for(p.size(), 1 << 14, [&](index_t begin, index_t end) {
-      for (index_t i = begin; i < end; ++i) {
-        if (p.role == Role::gain) {
-          weights[i] = 1.0f;
-          continue;
-        }
-        const std::uint64_t bits = random_bits(key, static_cast<std::uint64_t>(i));
-        const double u = (static_cast<double>(bits >> 32) + 1.0) * 0x1p-32, v = static_cast<double>(bits & 0xffffffffu) * 0x1p-32;  // (0, 1], [0, 1)
-        weights[i] = static_cast<float>(deviation * std::sqrt(-2.0 * std::log(u)) * std::cos(2.0 * std::numbers::pi * v));
-      }
-    });
+    initialise(dev, c, p, tensor++, weights, seed);
     weights += p.size();
   });
 }

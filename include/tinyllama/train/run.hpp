@@ -13,6 +13,7 @@
 
 #include "tinyllama/train/checkpoint.hpp"
 #include "tinyllama/train/loader.hpp"
+#include "tinyllama/train/sharded_checkpoint.hpp"
 #include "tinyllama/train/trainer.hpp"
 
 namespace tinyllama {
@@ -36,7 +37,8 @@ struct TrainingRunOptions {
 ///       ...log...
 ///       if (run.save_due()) run.save();
 ///     }
-/// A run that was killed anywhere in it, and begun again, has the losses of an undisturbed one to the last bit.
+/// A run that was killed anywhere in it, and begun again, has the losses of an undisturbed one to the last bit; on another number of ranks, to rounding. With
+/// a trainer that has peers every rank makes the same calls, and the folder is one that all of them see.
 template <Config C, TrainingDevice D = Cpu>
 class TrainingRun {
  public:
@@ -54,6 +56,9 @@ class TrainingRun {
                     std::to_string(loader.tokens()));
     };
     same_tokens(data, "data");
+    const int ranks = trainer.peers() ? trainer.peers()->ranks() : 1;
+    if (data.rows(0) * ranks != data.global_rows(0))
+      throw Error("training run", "data", "that of " + std::to_string(ranks) + " ranks, as the trainer's peers are", "rows of " + std::to_string(data.global_rows(0) / data.rows(0)) + " ranks");
     if (validation_) same_tokens(*validation_, "validation data");
     if (validation_ && validation_->rows(0) != 1)
       throw Error("training run", "validation data", "one row a step", std::to_string(validation_->rows(0)));
@@ -64,7 +69,7 @@ class TrainingRun {
   /// whose steps up to there would have been others: another seed, optimizer, order of the data, or learning rate. What only concerns steps
   /// to come may differ: a constant rate may go on for longer, a decay may begin later.
   bool resume() {
-    const auto newest = latest_checkpoint(options_.folder);
+    const auto newest = agreed_checkpoint();
     if (!newest) return false;
     const std::string file = (*newest / detail::state_json_file).string();
     const detail::json whole = detail::read_json(file);
@@ -81,6 +86,11 @@ class TrainingRun {
     if (!step || !step->is_number_unsigned() || step->get<std::int64_t>() > options_.steps)
       throw o.wrong("step", "0 to the run's " + std::to_string(options_.steps));
     check_rates(state, step->get<std::int64_t>(), file);
+    if (trainer_->peers() || whole.contains("shards")) {
+      load_sharded_checkpoint(*newest, *trainer_);
+      saved_ = trainer_->steps();
+      return true;
+    }
     const std::vector<MutableNamedArray> arrays{{"first_moment", trainer_->first_moment()}, {"second_moment", trainer_->second_moment()}};
     trainer_->resume(load_checkpoint(*newest, describe(trainer_->config()), trainer_->weights(), arrays).step);
     saved_ = trainer_->steps();
@@ -93,7 +103,7 @@ class TrainingRun {
   /// Trained on so far.
   std::int64_t tokens() const { return data_->rows_before(steps()) * data_->tokens(); }
   /// Of the last step, or of the next where there was none.
-  std::int64_t step_tokens() const { return data_->rows(std::clamp<std::int64_t>(steps() - 1, 0, options_.steps - 1)) * data_->tokens(); }
+  std::int64_t step_tokens() const { return data_->global_rows(last_step()) * data_->tokens(); }
 
   /// One optimizer step. Throws Error for an id outside the vocabulary, naming file and position.
   const StepReport& step() {
@@ -117,16 +127,18 @@ class TrainingRun {
     for (std::size_t s = 0; s < validation_->sources(); ++s) blocks += validation_->blocks(s);
     if (options_.validation_blocks > 0) blocks = std::min(blocks, options_.validation_blocks);
     const auto T = static_cast<std::size_t>(validation_->tokens());
-    const std::int64_t micro = trainer_->options().micro_rows > 0 ? trainer_->options().micro_rows : step_tokens() / data_->tokens();
+    const std::int64_t micro = trainer_->options().micro_rows > 0 ? trainer_->options().micro_rows : data_->rows(last_step());
+    const Peers<D>* const peers = trainer_->peers();
+    const std::int64_t ranks = peers ? peers->ranks() : 1, mine = peers ? peers->rank() * micro : 0;
     double sum = 0;
-    for (std::int64_t first = 0; first < blocks; first += micro) {
-      const std::int64_t rows = std::min(micro, blocks - first);
+    for (std::int64_t first = 0; first < blocks; first += micro * ranks) {
+      const std::int64_t all = std::min(micro * ranks, blocks - first), rows = std::clamp<std::int64_t>(all - mine, 0, micro);  // of all ranks, and of this one
       inputs_.resize(static_cast<std::size_t>(rows) * T), targets_.resize(inputs_.size());
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::size_t at = static_cast<std::size_t>(r) * T;
-        validation_->batch(first + r, std::span(inputs_).subspan(at, T), std::span(targets_).subspan(at, T));
+        validation_->batch(first + mine + r, std::span(inputs_).subspan(at, T), std::span(targets_).subspan(at, T));
       }
-      sum += static_cast<double>(trainer_->evaluate(inputs_, targets_)) * static_cast<double>(rows);
+      sum += static_cast<double>(trainer_->evaluate(inputs_, targets_)) * static_cast<double>(all);
     }
     return sum / static_cast<double>(blocks);
   }
@@ -136,6 +148,11 @@ class TrainingRun {
     detail::json state{{"run", agreement()}, {"order of the data", data_order()}, {"peak_lr", trainer_->options().peak_lr},
                        {"tokens_seen", tokens()}};
     if (trainer_->options().schedule) state["schedule"] = *trainer_->options().schedule;
+    if (trainer_->peers()) {
+      auto sharded = save_sharded_checkpoint(options_.folder, *trainer_, state.dump(), options_.save);
+      saved_ = steps();
+      return sharded;
+    }
     const std::vector<NamedArray> arrays{{"first_moment", trainer_->first_moment()}, {"second_moment", trainer_->second_moment()}};
     const any_llama config = describe(trainer_->config());
     auto folder = save_checkpoint(options_.folder, steps(), config, trainer_->weights(), arrays, state.dump(), options_.save);
@@ -144,6 +161,19 @@ class TrainingRun {
   }
 
  private:
+  std::int64_t last_step() const { return std::clamp<std::int64_t>(steps() - 1, 0, options_.steps - 1); }
+  /// The newest checkpoint, as rank 0 sees it.
+  std::optional<std::filesystem::path> agreed_checkpoint() const {
+    auto all = list_checkpoints(options_.folder);
+    Peers<D>* const peers = trainer_->peers();
+    if (!peers) return all.empty() ? std::nullopt : std::optional(all.back().second);
+    std::int64_t step = all.empty() ? -1 : all.back().first;
+    peers->broadcast(std::as_writable_bytes(std::span(&step, 1)), 0);
+    if (step < 0) return std::nullopt;
+    const auto it = std::find_if(all.begin(), all.end(), [&](const auto& c) { return c.first == step; });
+    if (it == all.end()) throw Error(options_.folder.string(), "checkpoint", "that of step " + std::to_string(step) + ", which rank 0 sees", "none on rank " + std::to_string(peers->rank()));
+    return it->second;
+  }
   bool due(std::int64_t every) const { return every > 0 && steps() > 0 && steps() % every == 0; }
   std::string data_order() const {
     char digits[16];

@@ -160,11 +160,10 @@ void round_bf16(bf16* out, const float* x, index_t n) {
   for (; i < n; ++i) out[i] = bf16(x[i]);
 }
 
-void quantise_activations(std::int8_t* q, float* scale, float* sum32, float* sum16, const float* x, index_t n, bool as_unsigned) {
+void quantise_activations(std::int8_t* q, float* scale, float* sum32, float* sum16, const float* x, index_t n) {
   const D d;
   const DI di;
   const hn::Rebind<std::int8_t, DI> d8;
-  const auto flip = hn::Set(d8, static_cast<std::int8_t>(as_unsigned ? -128 : 0));
   for (index_t g = 0; g < n / 32; ++g, x += 32, q += 32) {
     // Magnitudes compared as integers: a NaN is then the largest, and the scale becomes NaN with it.
     VI m = hn::Zero(di);
@@ -177,13 +176,47 @@ void quantise_activations(std::int8_t* q, float* scale, float* sum32, float* sum
       for (index_t i = 16 * h; i < 16 * h + 16; i += lanes) {
         const V code = hn::Mul(hn::LoadU(d, x + i), hn::Set(d, inverse));
         const VI r = hn::NearestInt(hn::IfThenElseZero(hn::Eq(code, code), code));  // 0 for a NaN, which no integer can be
-        hn::StoreU(hn::Xor(hn::DemoteTo(d8, r), flip), d8, q + i);
+        hn::StoreU(hn::DemoteTo(d8, r), d8, q + i);
         sums[h] = hn::Add(sums[h], r);
       }
     }
     const auto sum_of = [&](VI v) HWY_ATTR { return scale[g] * static_cast<float>(hn::GetLane(hn::SumOfLanes(di, v))); };
     sum32[g] = sum_of(hn::Add(sums[0], sums[1]));
-    if (sum16) sum16[2 * g] = sum_of(sums[0]), sum16[2 * g + 1] = sum_of(sums[1]);
+    sum16[2 * g] = sum_of(sums[0]), sum16[2 * g + 1] = sum_of(sums[1]);
+  }
+}
+
+void quantise_columns(Int8Columns* to, index_t stride, const float* x, index_t n) {
+  const D d;
+  const DI di;
+  const hn::Rebind<std::int8_t, DI> d8;
+  for (index_t c = 0; c < n; c += int8_columns, to += stride) {
+    const index_t groups = (n - c < int8_columns ? n - c : int8_columns) / 32;
+    // Magnitudes compared as integers, as above. As integers, too, two of them differ by 2^23 for each time that one can be doubled without exceeding the other.
+    std::int32_t own[int8_columns / 32], most = 0;
+    for (index_t g = 0; g < groups; ++g) {
+      VI m = hn::Zero(di);
+      for (index_t i = 0; i < 32; i += lanes) m = hn::Max(m, hn::BitCast(di, hn::Abs(hn::LoadU(d, x + c + 32 * g + i))));
+      own[g] = hn::GetLane(hn::MaxOfLanes(di, m));
+      most = own[g] > most ? own[g] : most;
+    }
+    float max;
+    std::memcpy(&max, &most, sizeof max);
+    const float inverse = quantise_inverse(max);
+    to->scale = max / 127.0f * (1.0f / (1 << int8_shifts));
+    for (index_t g = 0; g < groups; ++g) {
+      const std::int32_t doubled = (most - own[g]) >> 23, halved = doubled < int8_shifts ? doubled : int8_shifts;
+      const V by = hn::Set(d, inverse * static_cast<float>(1 << halved));
+      VI sum = hn::Zero(di);
+      for (index_t i = 32 * g; i < 32 * g + 32; i += lanes) {
+        const V code = hn::Mul(hn::LoadU(d, x + c + i), by);
+        const VI r = hn::NearestInt(hn::IfThenElseZero(hn::Eq(code, code), code));
+        hn::StoreU(hn::DemoteTo(d8, r), d8, to->codes + i);
+        sum = hn::Add(sum, r);
+      }
+      to->shift[g] = int8_shifts - halved;
+      to->correction[g] = -128 * hn::GetLane(hn::SumOfLanes(di, sum));
+    }
   }
 }
 

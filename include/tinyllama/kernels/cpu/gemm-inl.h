@@ -188,13 +188,14 @@ template <class E>
 void Gemm(const GemmTask& t, index_t first_row, index_t last_row, index_t first, index_t last) {
   constexpr index_t step = tile_k * 4 / static_cast<index_t>(sizeof(E));  // 3 panels of it are 192 KB, within a core's L2
   if (last_row > t.m) last_row = t.m;
-  const auto rest = [&](index_t k0) { return t.k - k0 < step ? t.k - k0 : step; };
-  index_t p = first;
-  if constexpr (tile_panels > 1)
-    for (; p + tile_panels <= last; p += tile_panels)
-      for (index_t k0 = 0; k0 < t.k; k0 += step) GemmRows<E, tile_panels>(t, first_row, last_row, p, k0, rest(k0));
-  for (; p < last; ++p)
-    for (index_t k0 = 0; k0 < t.k; k0 += step) GemmRows<E, 1>(t, first_row, last_row, p, k0, rest(k0));
+  // The rows' columns [k0, k0 + kc) stay in L2 for all panels of B.
+  for (index_t k0 = 0; k0 < t.k; k0 += step) {
+    const index_t kc = t.k - k0 < step ? t.k - k0 : step;
+    index_t p = first;
+    if constexpr (tile_panels > 1)
+      for (; p + tile_panels <= last; p += tile_panels) GemmRows<E, tile_panels>(t, first_row, last_row, p, k0, kc);
+    for (; p < last; ++p) GemmRows<E, 1>(t, first_row, last_row, p, k0, kc);
+  }
 }
 
 void gemm_f32(const GemmTask& t, index_t r0, index_t r1, index_t p0, index_t p1) { Gemm<float>(t, r0, r1, p0, p1); }

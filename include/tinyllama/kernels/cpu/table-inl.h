@@ -13,6 +13,7 @@
 #include "tinyllama/kernels/cpu/tile-inl.h"
 #include "tinyllama/kernels/cpu/matmul-inl.h"
 #include "tinyllama/kernels/cpu/blocks-inl.h"
+#include "tinyllama/kernels/cpu/block_tiles-inl.h"
 #include "tinyllama/kernels/cpu/prefill-inl.h"
 
 namespace tinyllama::TINYLLAMA_ISA {
@@ -29,11 +30,12 @@ namespace tinyllama::TINYLLAMA_ISA {
 #include "tinyllama/kernels/cpu/tile-inl.h"
 #include "tinyllama/kernels/cpu/matmul-inl.h"
 #include "tinyllama/kernels/cpu/blocks-inl.h"
+#include "tinyllama/kernels/cpu/block_tiles-inl.h"
 #include "tinyllama/kernels/cpu/prefill-inl.h"
 namespace tinyllama::TINYLLAMA_ISA {
 static constexpr Kernels table = [] {
   Kernels t = HWY_NAMESPACE::table;
-  t.instruction_set = HWY_STR(TINYLLAMA_ISA_NAME), t.bf16_dot = true, t.int8_signed_rows = stream_rows;
+  t.instruction_set = HWY_STR(TINYLLAMA_ISA_NAME), t.bf16_dot = true, t.int8_stream_rows = stream_rows;
   t.matmul_bf16 = &matmul_bf16, t.matmul_int8 = &matmul_int8, t.attention_bf16 = &attention_bf16;
   return t;
 }();

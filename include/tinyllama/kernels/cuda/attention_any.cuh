@@ -22,8 +22,10 @@ __global__ __launch_bounds__(128) void attention_any_kernel(const AttentionArgs<
   float *max = s + any_tile_rows * page_positions, *sum = max + any_tile_rows, *factor = sum + any_tile_rows;
   auto* flag = reinterpret_cast<unsigned*>(factor + any_tile_rows);
   const float scale = a.scale * 1.4426950408889634f;  // log2(e): exp(x) = 2^(x log2 e)
-  for (int i = a.first[blockIdx.x]; i < a.first[blockIdx.x + 1]; ++i) {
+  for (int i = static_cast<int>(blockIdx.x), next; i >= 0; i = next) {
     const AttentionItem item = load_item(a.items + i);
+    next = item.next;
+    if (item.rows == 0) return;
     __syncthreads();
     for (int e = me; e < any_tile_rows * hd; e += 128) {
       const int row = e / hd, r = item.row + row, head = item.kv_head * a.group + r % a.group;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "tinyllama/kernels/cuda/attention_any.cuh"
+#include "tinyllama/kernels/cuda/expand.cuh"
 #include "tinyllama/kernels/cuda/flash.cuh"
 #include "tinyllama/kernels/cuda/paged.cuh"
 
@@ -37,6 +38,9 @@ void visit_paged_tiles(int tile_rows, Fn&& fn) {
   throw Error("attention", "rows of a tile", "8, 16 or 32", std::to_string(tile_rows));
 }
 
+/// Blocks of attention_paged that an SM holds at a time: plan_even for all of them.
+constexpr index_t paged_blocks_per_sm(index_t head_dim, index_t tile_rows) { return head_dim * tile_rows <= 512 ? 3 : head_dim * tile_rows <= 2048 ? 2 : 1; }
+
 /// For head_dim 64 and 128 and caches of bf16, f16 and q8_0.
 template <class O>
 void attention_paged(cudaStream_t stream, const AttentionArgs<bf16, O>& a) {
@@ -57,14 +61,14 @@ void attention_paged(cudaStream_t stream, const AttentionArgs<bf16, O>& a) {
 }
 
 /// Rows of flash's tiles for a head dimension.
-constexpr index_t flash_tile_rows(index_t head_dim) { return head_dim == 64 ? 128 : 128; }
+constexpr index_t flash_tile_rows(index_t head_dim) { return head_dim == 64 ? 192 : 128; }
 
 /// One choice of the kernel's shape, for measurements.
-template <int HeadDim, int Warpgroups, int Emulated, bool Turns, class O>
+template <int HeadDim, int Warpgroups, int Pages, int Emulated, int Turns, class O>
 void attention_flash_as(cudaStream_t stream, const AttentionArgs<bf16, O>& a) {
-  using Shape = FlashShape<HeadDim, Warpgroups>;
-  if (a.format == Format::bf16) detail::launch(flash_kernel<HeadDim, Warpgroups, bf16, O, Emulated, Turns>, a, a.blocks, Shape::threads, Shape::shared_bytes, stream, "flash");
-  else detail::launch(flash_kernel<HeadDim, Warpgroups, f16, O, Emulated, Turns>, a, a.blocks, Shape::threads, Shape::shared_bytes, stream, "flash");
+  using Shape = FlashShape<HeadDim, Warpgroups, Pages>;
+  if (a.format == Format::bf16) detail::launch(flash_kernel<HeadDim, Warpgroups, Pages, bf16, O, Emulated, Turns>, a, a.blocks, Shape::threads, Shape::shared_bytes, stream, "flash");
+  else detail::launch(flash_kernel<HeadDim, Warpgroups, Pages, f16, O, Emulated, Turns>, a, a.blocks, Shape::threads, Shape::shared_bytes, stream, "flash");
 }
 
 /// For head_dim 64 and 128 and caches of bf16 and f16, on compute capability 9.0; tiles of flash_tile_rows(head_dim), whole (plan_whole), one block an SM.
@@ -73,8 +77,8 @@ void attention_flash(cudaStream_t stream, const AttentionArgs<bf16, O>& a) {
   if (a.blocks == 0) return;
   if ((a.format != Format::bf16 && a.format != Format::f16) || (a.head_dim != 64 && a.head_dim != 128) || a.tile_rows != flash_tile_rows(a.head_dim))
     throw Error("attention", "flash", "head_dim 64 or 128, a cache of bf16 or f16, tiles of flash_tile_rows", std::to_string(a.head_dim) + ", " + std::string(name(a.format)));
-  if (a.head_dim == 64) attention_flash_as<64, 2, 0, true>(stream, a);
-  else attention_flash_as<128, 2, 0, true>(stream, a);
+  if (a.head_dim == 64) attention_flash_as<64, 3, 1, 0, 1>(stream, a);
+  else attention_flash_as<128, 2, 2, 0, 2>(stream, a);
 }
 
 }  // namespace tinyllama::cuda

@@ -19,7 +19,7 @@ struct BatchView {
   const BatchSequence* sequences = nullptr;   // [S]
   std::byte* const* pages = nullptr;          // base of each page, those of a sequence one behind the other
   int rows = 0, count = 0;                    // T, S
-  int most_tokens = 0, longest = 0;           // over the sequences: new tokens; position + tokens
+  int most_tokens = 0;                        // new tokens of a sequence
 };
 
 }  // namespace tinyllama::cuda

@@ -1,9 +1,12 @@
-// Matrix products by cuBLASLt: y [m, n] = x [m, k] w [n, k]^T, sums in f32; which of its kernels takes a shape is asked once and kept. Host code.
+// Matrix products by cuBLASLt: y [m, n] = x [m, k] w [n, k]^T (+ add), sums in f32; which of its kernels takes a shape is measured and kept. Host code.
 #pragma once
 
+#include <array>
 #include <compare>
 #include <cstdint>
+#include <limits>
 #include <map>
+#include <vector>
 
 #include "tinyllama/device/cuda_runtime.cuh"
 #include "tinyllama/tensor/dtype.hpp"
@@ -18,6 +21,7 @@ struct BlasTask {
   index_t ldw, ldx, ldy;
   index_t m, n, k;
   cudaDataType_t in, out;
+  const void* add = nullptr;  // of y's shape and type, rows ldy apart; not y itself
 };
 
 template <class T>
@@ -28,28 +32,38 @@ class BlasPlans {
  public:
   explicit BlasPlans(int card) : handle_(card) {}
 
-  /// Starts the product; false where the library has no kernel for it (rows at odd addresses).
+  /// Starts the product; false where the library has no kernel for it (rows at odd addresses). The library guesses which of its kernels is best; a shape
+  /// that comes a second time is worth some milliseconds of measuring them: 10 to 30% at few rows. `workspace` [workspace_bytes]: for the kernels.
   bool multiply(cudaStream_t stream, const BlasTask& t, std::byte* workspace, std::size_t workspace_bytes) {
-    const Plan& p = plan(t, workspace_bytes);
-    if (!p.found) return false;
-    const float one = 1, zero = 0;
-    check(cublasLtMatmul(handle_.get(), p.product.get(), &one, t.w, p.w.get(), t.x, p.x.get(), &zero, t.y, p.y.get(), t.y, p.y.get(), &p.algorithm, workspace, workspace_bytes, stream),
-          "cublasLtMatmul", text(t));
+    Plan& p = plan(t, workspace_bytes);
+    if (p.algorithms.empty()) return false;
+    if (!p.measured && p.used++ > 0 && !recorded(stream)) {
+      p.best = fastest(stream, p, t, workspace, workspace_bytes);
+      p.measured = true;
+    }
+    check(start(stream, p, p.algorithms[p.best].value, t, workspace, workspace_bytes), "cublasLtMatmul", text(t));
     return true;
   }
 
  private:
   using Layout = Owned<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDestroy>;
+  struct Algorithm {  // a name of our own: nvcc 13 falls over a vector of the library's unnamed struct
+    cublasLtMatmulAlgo_t value;
+  };
   struct Plan {
     Owned<cublasLtMatmulDesc_t, cublasLtMatmulDescDestroy> product;
     Layout w, x, y;
-    cublasLtMatmulAlgo_t algorithm = {};
-    bool found = false;
+    std::vector<Algorithm> algorithms;  // the library's guess first
+    std::size_t best = 0;
+    int used = 0;
+    bool measured = false;
   };
+  static constexpr int most_algorithms = 16;
   struct Key {
     index_t m, n, k, ldw, ldx, ldy;
     int in, out;
     std::uint32_t align_w, align_x, align_y;
+    bool add;
     auto operator<=>(const Key&) const = default;
   };
 
@@ -66,8 +80,34 @@ class BlasPlans {
     return Layout(l);
   }
 
-  const Plan& plan(const BlasTask& t, std::size_t workspace_bytes) {
-    const Key key{t.m, t.n, t.k, t.ldw, t.ldx, t.ldy, t.in, t.out, alignment(t.w), alignment(t.x), alignment(t.y)};
+  static bool recorded(cudaStream_t stream) {
+    cudaStreamCaptureStatus s = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream, &s), "cudaStreamIsCapturing");
+    return s != cudaStreamCaptureStatusNone;
+  }
+  cublasStatus_t start(cudaStream_t stream, const Plan& p, const cublasLtMatmulAlgo_t& a, const BlasTask& t, std::byte* workspace, std::size_t workspace_bytes) {
+    const float one = 1, beta = t.add ? 1 : 0;
+    return cublasLtMatmul(handle_.get(), p.product.get(), &one, t.w, p.w.get(), t.x, p.x.get(), &beta, t.add ? t.add : t.y, p.y.get(), t.y, p.y.get(), &a, workspace, workspace_bytes, stream);
+  }
+  /// The least of three times each, with the second-level cache full of other things before each: weights of a layer are not there when their turn comes.
+  std::size_t fastest(cudaStream_t stream, const Plan& p, const BlasTask& t, std::byte* workspace, std::size_t workspace_bytes) {
+    const Event begin(true), end(true);
+    std::size_t best = 0;
+    double least = std::numeric_limits<double>::infinity();
+    for (std::size_t i = 0; i < p.algorithms.size(); ++i)
+      for (int r = 0; r < 3; ++r) {
+        check(cudaMemsetAsync(workspace, 0, workspace_bytes, stream), "cudaMemsetAsync");
+        begin.record(stream);
+        if (start(stream, p, p.algorithms[i].value, t, workspace, workspace_bytes) != CUBLAS_STATUS_SUCCESS) break;
+        end.record(stream);
+        end.synchronize();
+        if (const double s = end.since(begin); s < least) least = s, best = i;
+      }
+    return best;
+  }
+
+  Plan& plan(const BlasTask& t, std::size_t workspace_bytes) {
+    const Key key{t.m, t.n, t.k, t.ldw, t.ldx, t.ldy, t.in, t.out, alignment(t.w), alignment(t.x), alignment(t.y), t.add != nullptr};
     if (const auto known = plans_.find(key); known != plans_.end()) return known->second;
     if (plans_.size() >= 4096) plans_.clear();  // a program whose shapes never repeat
     Plan p;
@@ -87,12 +127,13 @@ class BlasPlans {
     prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, workspace_bytes);
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, key.align_w), prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, key.align_x);
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key.align_y), prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, key.align_y);
-    cublasLtMatmulHeuristicResult_t result = {};
+    std::array<cublasLtMatmulHeuristicResult_t, most_algorithms> results = {};
     int count = 0;
-    const cublasStatus_t s = cublasLtMatmulAlgoGetHeuristic(handle_.get(), d, p.w.get(), p.x.get(), p.y.get(), p.y.get(), preference, 1, &result, &count);
+    const cublasStatus_t s = cublasLtMatmulAlgoGetHeuristic(handle_.get(), d, p.w.get(), p.x.get(), p.y.get(), p.y.get(), preference, most_algorithms, results.data(), &count);
     if (s != CUBLAS_STATUS_SUCCESS && s != CUBLAS_STATUS_NOT_SUPPORTED && s != CUBLAS_STATUS_INVALID_VALUE) check(s, "cublasLtMatmulAlgoGetHeuristic", text(t));
-    p.found = s == CUBLAS_STATUS_SUCCESS && count > 0 && result.state == CUBLAS_STATUS_SUCCESS;
-    p.algorithm = result.algo;
+    if (s == CUBLAS_STATUS_SUCCESS)
+      for (int i = 0; i < count; ++i)
+        if (results[static_cast<std::size_t>(i)].state == CUBLAS_STATUS_SUCCESS) p.algorithms.push_back({results[static_cast<std::size_t>(i)].algo});
     return plans_.emplace(key, std::move(p)).first->second;
   }
 

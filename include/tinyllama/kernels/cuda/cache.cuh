@@ -143,6 +143,55 @@ __global__ __launch_bounds__(128) void store_kv_kernel(const StoreKvArgs<A> a) {
   for (int d = head_dim + lane; d < width; d += 32) put(d, 0.0f);  // V's padding
 }
 
+/// The same for heads of 64 or 128 elements of 16 bits and a cache of 16 bits, with rope: a thread takes 8 pairs, as two pieces of 16 bytes in and out.
+template <int HeadDim, Format F, bool halves>
+__global__ __launch_bounds__(128) void store_kv_vectors_kernel(const StoreKvArgs<bf16> a) {
+  constexpr int threads = HeadDim / 16, half = HeadDim / 2;  // of a head
+  const int units = a.heads + 2 * a.kv_heads;
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * 128 + threadIdx.x, unit = i / threads;
+  if (unit >= static_cast<std::int64_t>(units) * a.tokens) return;
+  const int t = static_cast<int>(static_cast<unsigned>(unit) / static_cast<unsigned>(units)), j = static_cast<int>(i % threads);
+  int h = static_cast<int>(unit - static_cast<std::int64_t>(t) * units) - a.heads;
+  const bool is_q = h < 0, is_v = h >= a.kv_heads;
+  const bf16* const from = is_q ? a.q + t * a.ldq + static_cast<std::int64_t>(h + a.heads) * HeadDim
+                                : is_v ? a.v + t * a.ldv + static_cast<std::int64_t>(h -= a.kv_heads) * HeadDim : a.k + t * a.ldk + static_cast<std::int64_t>(h) * HeadDim;
+  const int first = halves ? 8 * j : 16 * j, second = halves ? 8 * j + half : 16 * j + 8;  // elements of the two pieces
+  uint4 pieces[2] = {*reinterpret_cast<const uint4*>(from + first), *reinterpret_cast<const uint4*>(from + second)};
+  float x[16];  // halves: a of 8 pairs, then b; else pair by pair
+  std::uint32_t words[8] = {pieces[0].x, pieces[0].y, pieces[0].z, pieces[0].w, pieces[1].x, pieces[1].y, pieces[1].z, pieces[1].w};
+#pragma unroll
+  for (int e = 0; e < 8; ++e) x[2 * e] = __uint_as_float(words[e] << 16), x[2 * e + 1] = __uint_as_float(words[e] & 0xffff0000u);
+  if (!is_v) {
+    const auto *cos = reinterpret_cast<const float4*>(a.cos + t * a.ld_angles + 8 * j), *sin = reinterpret_cast<const float4*>(a.sin + t * a.ld_angles + 8 * j);
+    const float4 c0 = cos[0], c1 = cos[1], s0 = sin[0], s1 = sin[1];
+    const float c[8] = {c0.x, c0.y, c0.z, c0.w, c1.x, c1.y, c1.z, c1.w}, s[8] = {s0.x, s0.y, s0.z, s0.w, s1.x, s1.y, s1.z, s1.w};
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      float &u = x[halves ? e : 2 * e], &v = x[halves ? e + 8 : 2 * e + 1];
+      const float w = u;
+      u = w * c[e] - v * s[e], v = v * c[e] + w * s[e];
+    }
+  }
+  const auto packed = [&](int e) {
+    std::uint32_t r;
+    if (F == Format::f16 && !is_q) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(x[2 * e + 1]), "f"(x[2 * e]));
+    else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(x[2 * e + 1]), "f"(x[2 * e]));
+    return r;
+  };
+#pragma unroll
+  for (int e = 0; e < 8; ++e) words[e] = packed(e);
+  pieces[0] = make_uint4(words[0], words[1], words[2], words[3]), pieces[1] = make_uint4(words[4], words[5], words[6], words[7]);
+  if (is_q) {
+    bf16* const to = a.q + (from - a.q);
+    *reinterpret_cast<uint4*>(to + first) = pieces[0], *reinterpret_cast<uint4*>(to + second) = pieces[1];
+  } else {
+    const int position = a.position[t], slot = position % page_positions;
+    std::byte* const page = const_cast<std::byte*>(a.pages[a.page_first[t] + position / page_positions]) + (is_v ? a.v_offset : a.k_offset) + h * a.head_bytes;
+    *reinterpret_cast<uint4*>(page + cache_offset<F>(HeadDim, slot, first)) = pieces[0];
+    *reinterpret_cast<uint4*>(page + cache_offset<F>(HeadDim, slot, second)) = pieces[1];
+  }
+}
+
 /// Writes k and v of the tokens into their pages; where cos is given, q is turned in place and k on its way.
 template <class A>
 void store_kv(cudaStream_t stream, const StoreKvArgs<A>& a) {
@@ -150,6 +199,23 @@ void store_kv(cudaStream_t stream, const StoreKvArgs<A>& a) {
   if (units == 0) return;
   StoreKvArgs<A> args = a;
   if (!a.cos) args.q = nullptr;
+  if constexpr (std::is_same_v<A, bf16>) {
+    const auto pieces = [](const void* p, std::int64_t ld) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0 && ld % 8 == 0; };
+    const bool heads = a.head_dim == 64 || a.head_dim == 128, format = a.format == Format::bf16 || a.format == Format::f16;
+    if (a.q && a.cos && heads && format && pieces(a.q, a.ldq) && pieces(a.k, a.ldk) && pieces(a.v, a.ldv) && pieces(a.cos, 2 * a.ld_angles) && pieces(a.sin, 2 * a.ld_angles)) {
+      const auto blocks = static_cast<unsigned>((units * (a.head_dim / 16) + 127) / 128);
+      const auto go = [&]<int HeadDim>() {
+        const bool bf = a.format == Format::bf16, halves = a.layout == RopeLayout::half;
+        if (bf && halves) store_kv_vectors_kernel<HeadDim, Format::bf16, true><<<blocks, 128, 0, stream>>>(a);
+        else if (bf) store_kv_vectors_kernel<HeadDim, Format::bf16, false><<<blocks, 128, 0, stream>>>(a);
+        else if (halves) store_kv_vectors_kernel<HeadDim, Format::f16, true><<<blocks, 128, 0, stream>>>(a);
+        else store_kv_vectors_kernel<HeadDim, Format::f16, false><<<blocks, 128, 0, stream>>>(a);
+      };
+      if (a.head_dim == 64) go.template operator()<64>();
+      else go.template operator()<128>();
+      return;
+    }
+  }
   const auto blocks = static_cast<unsigned>((units + 3) / 4);
   visit_cache(a.format, [&]<Format F>() {
     if (a.cos) store_kv_kernel<A, F, true><<<blocks, 128, 0, stream>>>(args);

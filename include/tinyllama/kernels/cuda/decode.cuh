@@ -12,6 +12,7 @@
 #pragma once
 
 #include "tinyllama/config/rope_layout.hpp"
+#include "tinyllama/device/cuda_runtime.cuh"
 #include "tinyllama/kernels/cuda/decode_attention.cuh"
 
 namespace tinyllama::cuda {
@@ -59,7 +60,7 @@ struct DecodePlan {
   bool as_float[products], as_int8[products];   // the forms of x that a product's formats need
   int grid, slots, slot_bytes, vector_bytes, shared_bytes;
   int max_splits;                               // of the positions in attention, at most 32
-  unsigned wait_ns = 0;                         // pause between two polls
+  unsigned wait_ns = 0, producer_ns = 60;       // pauses between two polls, of consumers and of the producer
   bool keep_in_l2 = false;                      // weights that fit there may stay
   // exchange, device memory, zero at first
   decode::Flagged *qkv, *attended, *partial, *projected, *gated, *down, *best;
@@ -92,7 +93,7 @@ enum Slot7 : int { slot_q, slot_k, slot_v, slot_o, slot_gate, slot_up, slot_down
 
 /// Offsets in shared memory behind the ring.
 struct Shared {
-  int full, empty, entries, gains, residual, cos_sin, sums, reduce, vector, end;
+  int full, empty, entries, gains, residual, cos_sin, reduce, vector, end;
   __host__ __device__ Shared(const DecodePlan& p) {
     const auto next = [](int& at, std::size_t bytes) { const int r = at; at = static_cast<int>((static_cast<std::size_t>(at) + bytes + 15) / 16 * 16); return r; };
     int at = consumer_warps * p.slots * p.slot_bytes;
@@ -101,7 +102,6 @@ struct Shared {
     gains = next(at, (2 * static_cast<std::size_t>(p.model.layers) + 1) * 8);
     residual = next(at, static_cast<std::size_t>(p.model.hidden) * 4);
     cos_sin = next(at, static_cast<std::size_t>(p.model.head_dim) * 4);
-    sums = next(at, sizeof(AttentionSums));
     reduce = next(at, consumer_warps * 8 + 16);
     vector = next(at, static_cast<std::size_t>(p.vector_bytes));
     end = at;
@@ -162,46 +162,62 @@ __device__ __forceinline__ void produce(const DecodePlan& p, const Entry* table,
   const std::uint64_t policy = evict_first_policy();
   Deal deal;
   int step = 0, layer = 0, product = 0, part = 0, begin, count, first, unit;
-  const std::byte* from = nullptr;
+  const std::byte *from = nullptr, *other = nullptr;
   unsigned left = 0, whole = 0;  // bytes of the row not yet asked for; of a whole tile
+  bool both = false, second = false;
   deal.next(p, product, begin, count, first);
   unit = (warp - first) & (consumer_warps - 1);
   int slot = 0;
   unsigned parity = 1;
   bool done = false;
-  // Sets `from`, `left`, `whole` to the next row, if the last one is used up.
+  // To the next row. Gate and up of one format go tile by tile, as the consumer multiplies both at once.
   const auto next_row = [&] {
     while (unit >= count) {
       if (product == product_head) {
         if (++step == steps) { done = true; return; }
         layer = 0, product = product_qkv;
       } else if (product == product_down) {
-        if (++layer == p.model.layers) product = product_head;
-        else product = product_qkv;
+        product = ++layer == p.model.layers ? product_head : product_qkv;
       } else {
         ++product;
       }
       deal.next(p, product, begin, count, first);
-      unit = (warp - first) & (consumer_warps - 1), part = 0;
+      unit = (warp - first) & (consumer_warps - 1);
     }
     int row = begin + unit;
     const Entry& e = entry_of(p, table, layer, product, part, row);
     from = e.data + static_cast<std::int64_t>(row) * e.row_bytes;
     left = e.row_bytes, whole = tile_size[e.format];
-    if (product == product_gate_up && part == 0) part = 1;
-    else part = 0, unit += consumer_warps;
+    both = false;
+    if (product == product_gate_up && part == 0) {
+      const Entry& up = table[layer * slots_per_layer + slot_up];
+      both = up.format == e.format;
+      other = up.data + static_cast<std::int64_t>(row) * up.row_bytes;
+      part = !both;
+    } else {
+      part = 0;
+    }
+    if (part == 0) unit += consumer_warps;
   };
   next_row();
-  while (!done) {
-    if (barrier_test(empty + 8 * slot, parity)) {
+  constexpr unsigned lanes = (1u << consumer_warps) - 1;
+  while (__any_sync(lanes, !done)) {
+    const bool go = !done && barrier_test(empty + 8 * slot, parity);
+    if (go) {
       const unsigned bytes = left < whole ? left : whole;
       barrier_expect(full + 8 * slot, bytes);
       if (p.keep_in_l2) bulk_copy(ring + slot * p.slot_bytes, from, bytes, full + 8 * slot);
       else bulk_copy(ring + slot * p.slot_bytes, from, bytes, full + 8 * slot, policy);
       if (++slot == p.slots) slot = 0, parity ^= 1;
-      from += bytes, left -= bytes;
+      from += bytes;
+      if (both) {
+        const std::byte* const t = from;
+        from = other, other = t, second = !second;
+      }
+      if (!second) left -= bytes;
       if (left == 0) next_row();
     }
+    if (!__any_sync(lanes, go)) pause(p.producer_ns);
   }
 }
 
@@ -211,31 +227,45 @@ struct Ring {
   std::uint32_t full, empty;
   int slot = 0, slots, slot_bytes;
   unsigned parity = 0;
-  __device__ __forceinline__ const std::byte* wait() const {
-    barrier_wait(full + 8 * slot, parity);
-    return base + slot * slot_bytes;
+  /// The next R tiles.
+  template <int R>
+  __device__ __forceinline__ void wait(const std::byte* (&tile)[R]) const {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const bool wraps = slot + r >= slots;
+      const int s = wraps ? slot + r - slots : slot + r;
+      barrier_wait(full + 8 * s, parity ^ wraps);
+      tile[r] = base + s * slot_bytes;
+    }
   }
+  template <int R>
   __device__ __forceinline__ void release(int lane) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(empty + 8 * slot);
-    if (++slot == slots) slot = 0, parity ^= 1;
+    if (lane < R) barrier_arrive(empty + 8 * (slot + lane >= slots ? slot + lane - slots : slot + lane));
+    slot += R;
+    if (slot >= slots) slot -= slots, parity ^= 1;
   }
 };
 
-/// One row of W times the vector in shared memory; all lanes get the sum.
-__device__ __forceinline__ float row_product(Ring& ring, std::uint32_t format, const std::byte* vector_float, const std::byte* vector_int8, int k, int lane) {
-  float acc = 0;
-  const int tile = tile_columns_of(format);
-  for (int c = 0; c < k; c += tile) {
-    const int n = min(tile, k - c);
-    const std::byte* const w = ring.wait();
-    visit_format(static_cast<Format>(format), [&]<Format F>() {
-      if constexpr (block_columns(F) == 1) acc += dot_tile_float<F>(w, (n + 7) / 8, FloatVector(vector_float, (k + 7) / 8), c / 8, lane);
-      else acc += dot_tile_int8<F>(w, n / 32, QuantisedVector(vector_int8, k / 32), c / 32, lane);
-    });
-    ring.release(lane);
+/// R rows of W in format F times the vector in shared memory; all lanes get the sums.
+template <Format F, int R>
+__device__ __forceinline__ void multiply_rows(float (&y)[R], Ring& ring, const std::byte* vector, int k, int lane) {
+#pragma unroll
+  for (int r = 0; r < R; ++r) y[r] = 0;
+#pragma unroll 1
+  for (int c = 0; c < k; c += tile_columns(F)) {
+    const int n = min(tile_columns(F), k - c);
+    const std::byte* w[R];
+    ring.wait(w);
+
+    if constexpr (block_columns(F) == 1) dot_tiles_float<F, R>(y, w, (n + 7) / 8, FloatVector(vector, (k + 7) / 8), c / 8, lane);
+    else dot_tiles_int8<F, R>(y, w, n / 32, QuantisedVector(vector, k / 32), c / 32, lane);
+    ring.release<R>(lane);
   }
-  return warp_sum(acc);
+#pragma unroll
+  for (int o = 16; o; o >>= 1)
+#pragma unroll
+    for (int r = 0; r < R; ++r) y[r] += __shfl_xor_sync(~0u, y[r], o);
 }
 
 __device__ __forceinline__ float4 load_gain(const float* gain, int i) {
@@ -283,9 +313,10 @@ __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constan
   float* const x = reinterpret_cast<float*>(memory + at.residual);        // [hidden]
   float* const cos_sin = reinterpret_cast<float*>(memory + at.cos_sin);   // [2][head_dim / 2]
   float* const reduce = reinterpret_cast<float*>(memory + at.reduce);
-  AttentionSums& sums = *reinterpret_cast<AttentionSums*>(memory + at.sums);
   std::byte* const vector = memory + at.vector;
   Deal deal;
+  [[maybe_unused]] bool traced = false;
+  [[maybe_unused]] int event = 0;
 
   // The vector of a product as its formats want it: four columns a thread at a time. All threads of a warp call it together.
   const auto put = [&](int product, int k, int i, float4 v) {
@@ -297,78 +328,115 @@ __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constan
     }
     if (p.as_int8[product]) quantise4(to, k / 32, i, v, valid);
   };
-  // x += what the blocks sent (where there is something), then gain x / rms(x) to the vector
-  [[maybe_unused]] bool traced = false;
-  const auto norm = [&](int product, const Flagged* from, std::uint32_t round, const float* gain, [[maybe_unused]] int event) {
-    const int quads = m.hidden / 4;
-    float squares = 0;
-    const float4 g0 = thread < quads ? load_gain(gain, thread) : float4{};
-    for (int i = thread; i < quads; i += consumers) {
-      float4 v = reinterpret_cast<float4*>(x)[i];
-      if (from) {
-        float4 d[1];
-        receive4(d, from + 4 * i, 0, 1, round, p.wait_ns);
-        v.x += d[0].x, v.y += d[0].y, v.z += d[0].z, v.w += d[0].w;
-        reinterpret_cast<float4*>(x)[i] = v;
-      }
-      squares += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
-    }
-    squares = warp_sum(squares);
-    if (lane == 0) reduce[warp] = squares;
-    TINYLLAMA_DECODE_STAMP(event);
-    consumer_sync();
-    float total = 0;
-#pragma unroll
-    for (int i = 0; i < consumer_warps; i += 4) {
-      const float4 s = *reinterpret_cast<const float4*>(reduce + i);
-      total += (s.x + s.y) + (s.z + s.w);
-    }
-    const float scale = rsqrtf(total / static_cast<float>(m.hidden) + m.eps);
-    for (int i = thread; i - thread < quads; i += consumers) {
-      float4 v{};
-      if (i < quads) {
-        const float4 g = i == thread ? g0 : load_gain(gain, i);
-        v = reinterpret_cast<const float4*>(x)[i];
-        v = make_float4(v.x * scale * g.x, v.y * scale * g.y, v.z * scale * g.z, v.w * scale * g.w);
-      }
-      put(product, m.hidden, i, v);
-    }
-    consumer_sync();
-    TINYLLAMA_DECODE_STAMP(event + 1);
-  };
-  // What the blocks sent, to the vector
-  const auto take = [&](int product, const Flagged* from, int k, std::uint32_t round, [[maybe_unused]] int event) {
+  // The code of all products is one, in loops that run over them: what a layer executes has to stay in the instruction cache.
+  const auto prepare = [&](int product, int k, const Flagged* from, std::uint32_t from_round, const float* gain) {
     constexpr int batch = 3;
-    for (int i = thread; i - thread < k / 4; i += batch * consumers) {
-      float4 v[batch];
-      const int rest = k / 4 - i;
-      receive4(v, from + 4 * i, 4 * consumers, rest <= 0 ? 0 : (rest + consumers - 1) / consumers, round, p.wait_ns);
-      TINYLLAMA_DECODE_STAMP(event);
-      if (i == thread) consumer_sync();  // all warps are done with what is in the vector
+    const int quads = k / 4;
+    float squares = 0;
+    float4 g{};
+    if (gain && thread < quads) g = load_gain(gain, thread);
+    if (from && warp < 4) await_sample(from, k, thread, from_round, p.wait_ns);
+    consumer_sync();  // there is something to read, and all warps are done with what is in the vector
+    TINYLLAMA_DECODE_STAMP(event), ++event;
+#pragma unroll 1
+    for (int i = thread; i - thread < quads; i += batch * consumers) {
+      float4 v[batch] = {};
+      const int rest = quads - i;
+      if (from) receive4(v, from, i, consumers, rest <= 0 ? 0 : (rest + consumers - 1) / consumers, from_round, p.wait_ns);
+      if (gain) {  // x += what was sent
 #pragma unroll
-      for (int j = 0; j < batch; ++j)
-        if (i - thread + j * consumers < k / 4) put(product, k, i + j * consumers, v[j]);
+        for (int j = 0; j < batch; ++j)
+          if (j * consumers < rest) {
+            float4& to = reinterpret_cast<float4*>(x)[i + j * consumers];
+            const float4 w = to;
+            v[j] = make_float4(w.x + v[j].x, w.y + v[j].y, w.z + v[j].z, w.w + v[j].w);
+            to = v[j];
+            squares += (v[j].x * v[j].x + v[j].y * v[j].y) + (v[j].z * v[j].z + v[j].w * v[j].w);
+          }
+      } else {
+#pragma unroll
+        for (int j = 0; j < batch; ++j)
+          if (i - thread + j * consumers < quads) put(product, k, i + j * consumers, v[j]);
+      }
+    }
+    if (gain) {  // gain x / rms(x)
+      squares = warp_sum(squares);
+      if (lane == 0) reduce[warp] = squares;
+      consumer_sync();
+      float total = 0;
+#pragma unroll
+      for (int i = 0; i < consumer_warps; i += 4) {
+        const float4 s = *reinterpret_cast<const float4*>(reduce + i);
+        total += (s.x + s.y) + (s.z + s.w);
+      }
+      const float scale = rsqrtf(total / static_cast<float>(k) + p.model.eps);
+#pragma unroll 1
+      for (int i = thread; i - thread < quads; i += consumers) {
+        float4 v{};
+        if (i < quads) {
+          if (i != thread) g = load_gain(gain, i);
+          v = reinterpret_cast<const float4*>(x)[i];
+          v = make_float4(v.x * scale * g.x, v.y * scale * g.y, v.z * scale * g.z, v.w * scale * g.w);
+        }
+        put(product, k, i, v);
+      }
     }
     consumer_sync();
-    TINYLLAMA_DECODE_STAMP(event + 1);
+    TINYLLAMA_DECODE_STAMP(event), ++event;
   };
-  // Calls f(unit, value) in lane 0 for each row of a product that is this warp's; for gate_up f(unit, silu(gate) up).
-  const auto multiply = [&](int product, int layer, auto&& f) {
+  // This warp's rows of a product: sent to the other blocks, or, of the head, written as logits. A row of gate_up is silu(gate) up.
+  float best = -INFINITY;
+  int id = 0x7fffffff;
+  const auto multiply = [&](int product, int layer, int k, Flagged* to, std::uint32_t round) {
     int begin, count, first;
     deal.next(p, product, begin, count, first);
-    const int k = columns_of(m, product);
     const std::byte* const as_int8 = vector + (p.as_float[product] ? float_vector_bytes(k) : 0);
-    for (int i = (warp - first) & (consumer_warps - 1); i < count; i += consumer_warps) {
-      float y[2];
-      for (int part = 0; part < (product == product_gate_up ? 2 : 1); ++part) {
-        int row = begin + i;
-        const Entry& e = entry_of(p, table, layer, product, part, row);
-        const float sum = row_product(ring, e.format, vector, as_int8, k, lane);
-        if (part == 0) y[0] = sum;
-        else y[1] = sum;
+    const auto emit = [&](int row, float y) {
+      if (lane) return;
+      if (to) {
+        send(to + (product == product_qkv ? row : exchange_place(row)), y, round);
+      } else {
+        step.logits[row] = y;
+        if (y > best) best = y, id = row;
       }
-      if (lane == 0) f(begin + i, product == product_gate_up ? y[0] / (1.0f + __expf(-y[0])) * y[1] : y[0]);
+    };
+    const auto swiglu = [](float gate, float up) { return __fdividef(gate, 1.0f + __expf(-gate)) * up; };
+    const auto format_of = [&](int i, int part) {
+      int row = begin + i;
+      return static_cast<Format>(entry_of(p, table, layer, product, part, row).format);
+    };
+    int i = (warp - first) & (consumer_warps - 1), part = 0;
+    if (i >= count) {
+    } else if (product == product_gate_up && format_of(i, 0) == format_of(i, 1)) {
+      visit_format(format_of(i, 0), [&]<Format F>() {
+#pragma unroll 1
+        for (; i < count; i += consumer_warps) {
+          float y[2];
+          multiply_rows<F, 2>(y, ring, block_columns(F) == 1 ? vector : as_int8, k, lane);
+          emit(begin + i, swiglu(y[0], y[1]));
+        }
+      });
+    } else {
+      float gate = 0;
+#pragma unroll 1
+      while (i < count) {
+        const Format format = format_of(i, part);
+        visit_format(format, [&]<Format F>() {
+#pragma unroll 1
+          do {
+            float y[1];
+            multiply_rows<F, 1>(y, ring, block_columns(F) == 1 ? vector : as_int8, k, lane);
+            if (product == product_gate_up && part == 0) {
+              gate = y[0], part = 1;
+            } else {
+              emit(begin + i, part ? swiglu(gate, y[0]) : y[0]);
+              part = 0, i += consumer_warps;
+            }
+          } while (i < count && (product > product_gate_up || format_of(i, part) == F));
+        });
+      }
     }
+    TINYLLAMA_DECODE_STAMP(event), ++event;
   };
 
   std::uint32_t round = *p.round;  // every value sent in the layers of one launch carries its own number
@@ -395,15 +463,25 @@ __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constan
     splits = (pages + pages_each - 1) / pages_each;
     consumer_sync();
 
-    for (int layer = 0; layer < m.layers; ++layer) {
-      ++round;
+    best = -INFINITY, id = 0x7fffffff;
+#pragma unroll 1
+    for (int n = 0; n <= 4 * m.layers; ++n) {  // qkv, o, gate_up, down of each layer; the head
+      const int layer = n / 4, product = layer == m.layers ? product_head : n % 4, k = columns_of(m, product);
+      const std::uint32_t from_round = round;
+      if (product == product_qkv) ++round;
 #ifdef TINYLLAMA_DECODE_TRACE
       traced = layer == m.layers / 2;
+      if (product == product_qkv) {
+        TINYLLAMA_DECODE_STAMP(0);
+        event = 1;
+      }
 #endif
-      TINYLLAMA_DECODE_STAMP(0);
-      norm(product_qkv, layer ? p.down : nullptr, round - 1, gains[2 * layer], 1);
-      multiply(product_qkv, layer, [&](int i, float y) { send(p.qkv + i, y, round); });
-      TINYLLAMA_DECODE_STAMP(3);
+      const Flagged* const from = product == product_o ? p.attended : product == product_gate_up ? p.projected : product == product_down ? p.gated : n ? p.down : nullptr;
+      Flagged* const to = product == product_qkv ? p.qkv : product == product_o ? p.projected : product == product_gate_up ? p.gated : product == product_down ? p.down : nullptr;
+      const float* const gain = product == product_o || product == product_down ? nullptr : gains[2 * layer + (product == product_gate_up)];
+      prepare(product, k, from, product == product_qkv ? from_round : round, gain);
+      multiply(product, layer, k, to, round);
+      if (product != product_qkv) continue;
 
       for (int task = static_cast<int>(blockIdx.x); task < m.kv_heads * chunks * splits; task += p.grid) {
         const int split = task % splits, kv = task / splits % m.kv_heads, chunk = task / splits / m.kv_heads;
@@ -416,39 +494,19 @@ __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constan
         t.begin = split * pages_each * 64, t.end = min(position + 1, (split + 1) * pages_each * 64), t.position = position;
         t.newest = split == splits - 1, t.writes = t.newest && chunk == 0;
         t.format = m.cache, t.halves = m.rope == RopeLayout::half, t.round = round, t.wait_ns = p.wait_ns;
-        t.partial = splits > 1;
-        t.out_stride = splits > 1 ? splits * (HD + 2) : HD;
-        t.out = splits > 1 ? p.partial + (head * splits + split) * (HD + 2) : p.attended + head * HD;
-        attention<HD>(t, *reinterpret_cast<AttentionScratch<HD>*>(vector), sums, cos_sin);
+        t.partial = splits > 1, t.first_out = head * HD, t.out_stride = splits * (HD + 2);
+        t.out = splits > 1 ? p.partial + (head * splits + split) * (HD + 2) : p.attended;
+        attention<HD>(t, *reinterpret_cast<AttentionScratch<HD>*>(vector), cos_sin);
         if (t.writes) __threadfence();
       }
-      TINYLLAMA_DECODE_STAMP(4);
+      TINYLLAMA_DECODE_STAMP(event), ++event;
       if (splits > 1)
         for (int i = static_cast<int>(blockIdx.x) * consumer_warps + warp; i < q_columns; i += p.grid * consumer_warps) {
           const float y = merge_splits<HD>(p.partial + i / HD * splits * (HD + 2), splits, i % HD, round, p.wait_ns);
-          if (lane == 0) send(p.attended + i, y, round);
+          if (lane == 0) send(p.attended + exchange_place(i), y, round);
         }
-      TINYLLAMA_DECODE_STAMP(5);
-      take(product_o, p.attended, q_columns, round, 6);
-      multiply(product_o, layer, [&](int i, float y) { send(p.projected + i, y, round); });
-      TINYLLAMA_DECODE_STAMP(8);
-      norm(product_gate_up, p.projected, round, gains[2 * layer + 1], 9);
-      multiply(product_gate_up, layer, [&](int i, float y) { send(p.gated + i, y, round); });
-      TINYLLAMA_DECODE_STAMP(11);
-      take(product_down, p.gated, m.ffn, round, 12);
-      multiply(product_down, layer, [&](int i, float y) { send(p.down + i, y, round); });
-      TINYLLAMA_DECODE_STAMP(14);
+      TINYLLAMA_DECODE_STAMP(event), ++event;
     }
-    #ifdef TINYLLAMA_DECODE_TRACE
-    traced = false;
-#endif
-    norm(product_head, p.down, round, gains[2 * m.layers], 0);
-    float best = -INFINITY;
-    int id = 0x7fffffff;
-    multiply(product_head, m.layers, [&](int i, float y) {
-      step.logits[i] = y;
-      if (y > best) best = y, id = i;
-    });
     // The largest of a warp's rows, of a block's, of all: the lowest id among equals.
     const auto better = [](float a, int i, float b, int j) { return a > b || (a == b && i < j); };
     if (lane == 0) reduce[2 * warp] = best, reduce[2 * warp + 1] = __int_as_float(id);
@@ -493,6 +551,10 @@ __global__ void decode_kernel(const DecodePlan, const DecodeStep) {}  // older c
 
 #endif
 
+inline const void* kernel_of(int head_dim) {
+  return head_dim == 64 ? reinterpret_cast<const void*>(&decode_kernel<64>) : reinterpret_cast<const void*>(&decode_kernel<128>);
+}
+
 }  // namespace decode
 
 /// Whether the kernel takes such a model on the current card: Hopper or newer, head_dim 64 or 128, sizes that its loads divide, and room for the ring.
@@ -533,17 +595,22 @@ inline bool make_decode_plan(DecodePlan& plan, const DecodeModel& model, const D
     plan.vector_bytes = std::max(plan.vector_bytes, static_cast<int>((plan.as_float[i] ? float_vector_bytes(k) : 0) + (plan.as_int8[i] ? quantised_vector_bytes(k) : 0)));
   }
   plan.slot_bytes = slot;
+  const void* const kernel = decode::kernel_of(model.head_dim);
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes", "decode");
+  shared -= static_cast<int>(attributes.sharedSizeBytes);
   for (plan.slots = decode::max_slots; plan.slots > 0; --plan.slots)
-    if (decode::Shared(plan).end <= shared - 64) break;
+    if (decode::Shared(plan).end <= shared) break;
   if (plan.slots < 2) return false;
   plan.shared_bytes = decode::Shared(plan).end;
   const int chunks = (q / kv + decode::group_heads - 1) / decode::group_heads;
   plan.max_splits = std::max(1, std::min(32, plan.grid / (model.kv_heads * chunks)));
-  const std::size_t values = static_cast<std::size_t>(q + 2 * kv) + static_cast<std::size_t>(q) + static_cast<std::size_t>(model.heads) * static_cast<std::size_t>(plan.max_splits) *
-                             static_cast<std::size_t>(model.head_dim + 2) + 2 * static_cast<std::size_t>(model.hidden) + static_cast<std::size_t>(model.ffn) + 2 * static_cast<std::size_t>(plan.grid);
-  plan.exchange_bytes = (values + 16) * sizeof(decode::Flagged);
-  const void* kernel = model.head_dim == 64 ? reinterpret_cast<const void*>(&decode::decode_kernel<64>) : reinterpret_cast<const void*>(&decode::decode_kernel<128>);
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes) == cudaSuccess;
+  const std::size_t partial = static_cast<std::size_t>(model.heads) * static_cast<std::size_t>(plan.max_splits) * static_cast<std::size_t>(model.head_dim + 2);
+  plan.exchange_bytes = (2 + static_cast<std::size_t>(decode::exchange_size(q + 2 * kv) + decode::exchange_size(q) + 2 * decode::exchange_size(model.hidden) +
+                                                      decode::exchange_size(model.ffn) + 2 * plan.grid) + partial) * sizeof(decode::Flagged);
+  // Room for any plan, as the attribute belongs to the kernel and not to the plan.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "cudaFuncSetAttribute", "decode");
+  return true;
 }
 
 /// Gives the plan its exchange: plan.exchange_bytes of device memory, 16-byte aligned, zeroed by the caller, for this plan alone.
@@ -552,11 +619,11 @@ inline void place_decode_exchange(DecodePlan& plan, std::byte* memory) {
   const int q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
   auto* at = reinterpret_cast<decode::Flagged*>(memory);
   plan.round = reinterpret_cast<std::uint32_t*>(at), at += 2;
-  plan.qkv = at, at += q + 2 * kv;
-  plan.attended = at, at += q;
-  plan.projected = at, at += m.hidden;
-  plan.gated = at, at += m.ffn;
-  plan.down = at, at += m.hidden;
+  plan.qkv = at, at += decode::exchange_size(q + 2 * kv);
+  plan.attended = at, at += decode::exchange_size(q);
+  plan.projected = at, at += decode::exchange_size(m.hidden);
+  plan.gated = at, at += decode::exchange_size(m.ffn);
+  plan.down = at, at += decode::exchange_size(m.hidden);
   plan.best = at, at += 2 * plan.grid;
   plan.partial = at;
 }
@@ -564,8 +631,7 @@ inline void place_decode_exchange(DecodePlan& plan, std::byte* memory) {
 /// One launch, one token or several. Launches of one plan are ordered by their stream.
 inline cudaError_t launch_decode(cudaStream_t stream, const DecodePlan& plan, const DecodeStep& step) {
   void* arguments[] = {const_cast<DecodePlan*>(&plan), const_cast<DecodeStep*>(&step)};
-  const void* kernel = plan.model.head_dim == 64 ? reinterpret_cast<const void*>(&decode::decode_kernel<64>) : reinterpret_cast<const void*>(&decode::decode_kernel<128>);
-  return cudaLaunchCooperativeKernel(kernel, dim3(static_cast<unsigned>(plan.grid)), dim3(decode::threads), arguments, static_cast<std::size_t>(plan.shared_bytes), stream);
+  return cudaLaunchCooperativeKernel(decode::kernel_of(plan.model.head_dim), dim3(static_cast<unsigned>(plan.grid)), dim3(decode::threads), arguments, static_cast<std::size_t>(plan.shared_bytes), stream);
 }
 
 }  // namespace tinyllama::cuda

@@ -1,8 +1,9 @@
 // Attention of the decode kernel: up to 8 query heads that share a KV head against a run of positions, by the 512 consumer threads of a block.
 //
 //   s_p = q . k_p / sqrt(head_dim),   m = max s_p,   o = sum exp(s_p - m) v_p,   l = sum exp(s_p - m)
-// A pass takes 4096 / head_dim positions: a thread holds 8 values of one position's K and V. It multiplies them with 8 heads, the lanes of a position
-// scatter the sums so that each keeps the score of one head, and the products with V divide the positions over 8 groups of warps.
+// A warp takes 256 / head_dim positions a step, with no barrier: a lane holds 8 values of K of one position and multiplies them with 8 heads; the lanes of
+// a position scatter the sums so that each keeps the score of one head; for the product with V, which goes through the warp's shared memory, a lane owns
+// some columns of all heads. At the end the warps' results are brought to one maximum and added up.
 #pragma once
 
 #include "tinyllama/kernels/cuda/matvec.cuh"
@@ -97,16 +98,16 @@ __device__ __forceinline__ void store_cached8(Format f, std::byte* page, int slo
 /// Shared memory that a task uses.
 template <int HD>
 struct AttentionScratch {
+  static constexpr int positions = 256 / HD;          // of a warp's step: a lane holds 8 values of one of them
+  static constexpr int slabs = 16384 / (group_heads * HD * 4);
   float q[group_heads][HD];
-  float k[HD], v[HD];                    // of the new position
-  float p[4096 / HD][group_heads];
+  float k[HD], v[HD];                                 // of the new position
+  float max[consumer_warps][group_heads], sum[consumer_warps][group_heads], m[group_heads], l[group_heads];
+  float p[consumer_warps][positions][group_heads];
   union {
-    float values[4096 / HD][HD];         // V of a pass
-    float sums[4][group_heads][HD];      // partial results of groups of warps
+    float values[consumer_warps][positions][HD];      // V of each warp's step
+    float sums[slabs][group_heads][HD];               // results of warps
   };
-};
-struct AttentionSums {
-  float max[consumer_warps][group_heads], sum[consumer_warps][group_heads], rescale[group_heads], m[group_heads], l[group_heads];
 };
 
 struct AttentionTask {
@@ -121,57 +122,59 @@ struct AttentionTask {
   bool halves;                 // RopeLayout::half
   std::uint32_t round;
   unsigned wait_ns;
-  Flagged* out;                // [heads][HD] results, or, where `partial`, for each head m, l, o[HD]; heads `out_stride` apart
+  Flagged* out;                // the vector of results, this task's from value `first_out`; or, where `partial`, for each head m, l, o[HD]
   bool partial;
-  int out_stride;
+  int first_out, out_stride;   // partial results of heads are `out_stride` apart
 };
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
 
 /// cos_sin: [2][HD / 2] of the new position, in shared memory.
 template <int HD>
-__device__ void attention(const AttentionTask& t, AttentionScratch<HD>& s, AttentionSums& r, const float* cos_sin) {
-  constexpr int lanes = HD / 8, positions = consumers / lanes, half = HD / 2, per_lane = HD / 32;  // `positions` a pass
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, j = thread % lanes, slot = thread / lanes;
-  const auto k_page = [&](int p) { return t.pages[p / 64] + t.k_offset; };
-  Cached8 k{}, v{};
-  const auto fetch = [&](int p) {
-    if (p < t.end && !(t.newest && p == t.position)) {
+__device__ __forceinline__ void attention(const AttentionTask& t, AttentionScratch<HD>& s, const float* cos_sin) {
+  using Scratch = AttentionScratch<HD>;
+  constexpr int lanes = HD / 8, half = HD / 2, per_lane = HD / 32, positions = Scratch::positions, slabs = Scratch::slabs;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, j = lane % lanes, place = lane / lanes, head = lane & 7;
+  float acc[group_heads][per_lane] = {};
+  float m_run = -INFINITY, l_run = 0;
+#pragma unroll 1
+  for (int begin = t.begin; begin < t.end; begin += consumer_warps * positions) {
+    const int first = begin + warp * positions, p = first + place;
+    Cached8 k{}, v{};
+    if (p < t.end && !(t.newest && p == t.position)) {  // on its way while q is waited for
       const std::byte* const page = t.pages[p / 64];
       k = load_cached8<HD>(t.format, page + t.k_offset, p % 64, j);
       v = load_cached8<HD>(t.format, page + t.v_offset, p % 64, j);
-    } else {
-      k = {}, v = {};
     }
-  };
-  fetch(t.begin + slot);  // on its way while q is waited for
-  consumer_sync();        // the scratch is the products' vector: all warps are done with it
-
-  // q and k arrive as products, and are turned here. (a, b) -> (a cos - b sin, b cos + a sin)
-  const float scale = rsqrtf(static_cast<float>(HD)) * 1.4426950408889634f;  // scores in powers of two
-  const int vectors = t.newest ? 10 : 8;
-  for (int i = thread; i < vectors * half; i += consumers) {
-    const int vector = i / half, pair = i % half;
-    const int first = t.halves && vector < 9 ? pair : 2 * pair, second = t.halves && vector < 9 ? pair + half : 2 * pair + 1;
-    float* const to = vector < 8 ? s.q[vector] : vector == 8 ? s.k : s.v;
-    float a = 0, b = 0;
-    if (vector >= 8 || vector < t.heads) {
-      const Flagged* const from = vector < 8 ? t.q + vector * HD : vector == 8 ? t.k : t.v;
-      a = receive(from + first, t.round, t.wait_ns), b = receive(from + second, t.round, t.wait_ns);
+    if (begin == t.begin) {
+      // q and k arrive as products, and are turned here. (a, b) -> (a cos - b sin, b cos + a sin)
+      const float scale = rsqrtf(static_cast<float>(HD)) * 1.4426950408889634f;  // scores in powers of two
+      consumer_sync();  // the scratch is the products' vector: all warps are done with it
+#pragma unroll 1
+      for (int i = thread; i < (t.newest ? 10 : 8) * half; i += consumers) {
+        const int vector = i / half, pair = i % half;
+        const bool halves = t.halves && vector < 9;
+        const int x = halves ? pair : 2 * pair, y = halves ? pair + half : 2 * pair + 1;
+        float* const to = vector < 8 ? s.q[vector] : vector == 8 ? s.k : s.v;
+        float2 ab{};
+        if (vector >= 8 || vector < t.heads) {
+          const Flagged* const from = vector < 8 ? t.q + vector * HD : vector == 8 ? t.k : t.v;
+          ab = receive_two(from + x, from + y, t.round, t.wait_ns);
+        }
+        if (vector < 9) {
+          const float f = vector < 8 ? scale : 1.0f, c = cos_sin[pair] * f, n = cos_sin[half + pair] * f;
+          ab = make_float2(ab.x * c - ab.y * n, ab.y * c + ab.x * n);
+        }
+        to[x] = ab.x, to[y] = ab.y;
+      }
+      consumer_sync();
     }
-    if (vector < 9) {
-      const float c = cos_sin[pair], n = cos_sin[half + pair], u = a;
-      a = u * c - b * n, b = b * c + u * n;
-      if (vector < 8) a *= scale, b *= scale;
-    }
-    to[first] = a, to[second] = b;
-  }
-  consumer_sync();
-
-  float acc[4][per_lane] = {};
-  float m_run = -INFINITY, l_run = 0;
-  const int quad = warp & 1, group = warp >> 1;
-  for (int begin = t.begin; begin < t.end; begin += positions) {
-    const int p = begin + slot;
-    if (t.newest && begin <= t.position && t.position < begin + positions) {  // the same for all threads
+    if (first >= t.end) break;  // nothing left for this warp
+    if (t.newest && first <= t.position && t.position < first + positions) {  // the same for all lanes
       float kn[8], vn[8], k_max = 0, v_max = 0;
 #pragma unroll
       for (int i = 0; i < 8; ++i) kn[i] = s.k[8 * j + i], vn[i] = s.v[8 * j + i], k_max = fmaxf(k_max, fabsf(kn[i])), v_max = fmaxf(v_max, fabsf(vn[i]));
@@ -185,15 +188,16 @@ __device__ void attention(const AttentionTask& t, AttentionScratch<HD>& s, Atten
         }
       }
     }
-    float kf[8], vf[8], score[8];
-    cached_to_float(t.format, k, kf), cached_to_float(t.format, v, vf);
-    fetch(p + positions);
+    float f[8], score[8];
+    cached_to_float(t.format, k, f);
 #pragma unroll
-    for (int h = 0; h < 8; ++h) {
-      const float4 a = *reinterpret_cast<const float4*>(&s.q[h][8 * j]), b = *reinterpret_cast<const float4*>(&s.q[h][8 * j + 4]);
-      score[h] = dot8(kf, a, b);
-    }
-    // Lanes of a position: each ends with the sum of head `lane % 8`.
+    for (int h = 0; h < 8; ++h)
+      score[h] = dot8(f, *reinterpret_cast<const float4*>(&s.q[h][8 * j]), *reinterpret_cast<const float4*>(&s.q[h][8 * j + 4]));
+    const bool valid = p < t.end;
+    cached_to_float(t.format, v, f);
+    float4* const to = reinterpret_cast<float4*>(&s.values[warp][place][8 * j]);
+    to[0] = valid ? make_float4(f[0], f[1], f[2], f[3]) : float4{}, to[1] = valid ? make_float4(f[4], f[5], f[6], f[7]) : float4{};
+    // Lanes of a position: each ends with the sum of head lane % 8.
     if constexpr (lanes == 16) {
 #pragma unroll
       for (int h = 0; h < 8; ++h) score[h] += __shfl_xor_sync(~0u, score[h], 8);
@@ -207,78 +211,90 @@ __device__ void attention(const AttentionTask& t, AttentionScratch<HD>& s, Atten
         score[h] = keep + __shfl_xor_sync(~0u, give, o);
       }
     }
-    const bool valid = p < t.end;
-    const int head = lane & 7;
     const float x = valid ? score[0] : -INFINITY;
     float max = x;
 #pragma unroll
     for (int o = 16; o >= lanes; o >>= 1) max = fmaxf(max, __shfl_xor_sync(~0u, max, o));
-    if (lane < 8) r.max[warp][head] = max;
-    consumer_sync();
-    max = m_run;
-#pragma unroll
-    for (int w = 0; w < consumer_warps; ++w) max = fmaxf(max, r.max[w][head]);
-    const float rescale = exp2f(m_run - max), e = valid ? exp2f(x - max) : 0.0f;
-    m_run = max;
-    if (lanes == 8 || (lane & 8) == 0) s.p[slot][head] = e;
+    max = fmaxf(max, m_run);  // finite: position `first` is valid
+    const float rescale = exp2_fast(m_run - max), e = exp2_fast(x - max);
     float sum = e;
 #pragma unroll
     for (int o = 16; o >= lanes; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
-    if (lane < 8) r.sum[warp][head] = sum;
-    if (thread < 8) r.rescale[thread] = rescale;
+    m_run = max, l_run = l_run * rescale + sum;
+    s.p[warp][place][head] = e;
+    if (begin != t.begin) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) vf[i] = valid ? vf[i] : 0.0f;
-    float4* const to = reinterpret_cast<float4*>(&s.values[slot][8 * j]);
-    to[0] = make_float4(vf[0], vf[1], vf[2], vf[3]), to[1] = make_float4(vf[4], vf[5], vf[6], vf[7]);
-    consumer_sync();
-    if (thread < 8) {
-      l_run *= rescale;
+      for (int h = 0; h < 8; ++h) {
+        const float r = __shfl_sync(~0u, rescale, h);
 #pragma unroll
-      for (int w = 0; w < consumer_warps; ++w) l_run += r.sum[w][head];
+        for (int d = 0; d < per_lane; ++d) acc[h][d] *= r;
+      }
     }
+    __syncwarp();
 #pragma unroll
-    for (int h = 0; h < 4; ++h)
-#pragma unroll
-      for (int d = 0; d < per_lane; ++d) acc[h][d] *= r.rescale[4 * quad + h];
-#pragma unroll
-    for (int i = 0; i < positions / 8; ++i) {
-      const int at = group * (positions / 8) + i;
-      const float4 w = *reinterpret_cast<const float4*>(&s.p[at][4 * quad]);
+    for (int i = 0; i < positions; ++i) {
+      const float4 a = *reinterpret_cast<const float4*>(&s.p[warp][i][0]), b = *reinterpret_cast<const float4*>(&s.p[warp][i][4]);
+      const float w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
       float value[per_lane];
 #pragma unroll
       for (int d = 0; d < per_lane; d += 2) {
-        const float2 two = *reinterpret_cast<const float2*>(&s.values[at][per_lane * lane + d]);
+        const float2 two = *reinterpret_cast<const float2*>(&s.values[warp][i][per_lane * lane + d]);
         value[d] = two.x, value[d + 1] = two.y;
       }
 #pragma unroll
-      for (int d = 0; d < per_lane; ++d) acc[0][d] += w.x * value[d], acc[1][d] += w.y * value[d], acc[2][d] += w.z * value[d], acc[3][d] += w.w * value[d];
+      for (int h = 0; h < 8; ++h)
+#pragma unroll
+        for (int d = 0; d < per_lane; ++d) acc[h][d] += w[h] * value[d];
+    }
+    __syncwarp();
+  }
+  // The warps' results to one scale, then added up: those of `slabs` warps at a time onto the next lower ones, in this fixed order.
+  if (lane < 8) s.max[warp][head] = m_run, s.sum[warp][head] = l_run;
+  consumer_sync();
+  float max = -INFINITY, l = 0;
+#pragma unroll
+  for (int w = 0; w < consumer_warps; ++w) max = fmaxf(max, s.max[w][head]);
+  const float factor = exp2_fast(m_run - max);
+  if (warp == 0) {
+#pragma unroll 1
+    for (int w = 0; w < consumer_warps; ++w) l += s.sum[w][head] * exp2_fast(s.max[w][head] - max);
+    if (lane < 8) s.m[head] = max, s.l[head] = l;
+  }
+#pragma unroll
+  for (int h = 0; h < 8; ++h) {
+    const float r = __shfl_sync(~0u, factor, h);
+#pragma unroll
+    for (int d = 0; d < per_lane; ++d) acc[h][d] *= r;
+  }
+#pragma unroll 1
+  for (int top = consumer_warps; top > 0; top -= slabs) {
+    if (warp < top && warp >= top - slabs) {
+#pragma unroll
+      for (int h = 0; h < 8; ++h)
+#pragma unroll
+        for (int d = 0; d < per_lane; d += 2) *reinterpret_cast<float2*>(&s.sums[warp % slabs][h][per_lane * lane + d]) = make_float2(acc[h][d], acc[h][d + 1]);
     }
     consumer_sync();
+    if (warp < top - slabs && warp >= top - 2 * slabs) {
+#pragma unroll
+      for (int h = 0; h < 8; ++h)
+#pragma unroll
+        for (int d = 0; d < per_lane; d += 2) {
+          const float2 two = *reinterpret_cast<const float2*>(&s.sums[warp % slabs][h][per_lane * lane + d]);
+          acc[h][d] += two.x, acc[h][d + 1] += two.y;
+        }
+    }
   }
-  if (thread < 8) r.m[thread] = m_run, r.l[thread] = l_run;
-  // Eight groups of warps to four, then to one.
-  if (group >= 4) {
-#pragma unroll
-    for (int h = 0; h < 4; ++h)
-#pragma unroll
-      for (int d = 0; d < per_lane; ++d) s.sums[group - 4][4 * quad + h][per_lane * lane + d] = acc[h][d];
-  }
-  consumer_sync();
-  if (group < 4) {
-#pragma unroll
-    for (int h = 0; h < 4; ++h)
-#pragma unroll
-      for (int d = 0; d < per_lane; ++d) s.sums[group][4 * quad + h][per_lane * lane + d] += acc[h][d];
-  }
-  consumer_sync();
+#pragma unroll 1
   for (int i = thread; i < t.heads * HD; i += consumers) {
     const int h = i / HD, d = i % HD;
-    const float o = (s.sums[0][h][d] + s.sums[1][h][d]) + (s.sums[2][h][d] + s.sums[3][h][d]);
-    Flagged* const to = t.out + h * t.out_stride;
-    if (t.partial) send(to + 2 + d, o, t.round);
-    else send(to + d, o / r.l[h], t.round);
+    float o = 0;
+#pragma unroll
+    for (int w = 0; w < slabs; ++w) o += s.sums[w][h][d];
+    if (t.partial) send(t.out + h * t.out_stride + 2 + d, o, t.round);
+    else send(t.out + exchange_place(t.first_out + i), o / s.l[h], t.round);
   }
-  if (t.partial && thread < t.heads) send(t.out + thread * t.out_stride, r.m[thread], t.round), send(t.out + thread * t.out_stride + 1, r.l[thread], t.round);
+  if (t.partial && thread < t.heads) send(t.out + thread * t.out_stride, s.m[thread], t.round), send(t.out + thread * t.out_stride + 1, s.l[thread], t.round);
 }
 
 /// The results of one head's splits put together: value d of the head, by a warp. `from`: [splits][2 + HD].
@@ -294,7 +310,7 @@ __device__ __forceinline__ float merge_splits(const Flagged* from, int splits, i
   float max = ml.x;
 #pragma unroll
   for (int i = 16; i; i >>= 1) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));
-  const float e = exp2f(ml.x - max);
+  const float e = exp2_fast(ml.x - max);
   return warp_sum(e * o) / warp_sum(e * ml.y);
 }
 

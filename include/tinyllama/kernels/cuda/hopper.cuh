@@ -17,6 +17,16 @@ __device__ __forceinline__ void wait(std::uint32_t barrier, int parity) {
       "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+/// The same for who has time: it leaves the issue slots to others.
+__device__ __forceinline__ void wait_asleep(std::uint32_t barrier, int parity) {
+  int done = 0;
+  while (true) {
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    if (done) return;
+    __nanosleep(200);
+  }
+}
+
 /// bytes (a multiple of 16) from global to shared memory by the copy engine, counted by `barrier`.
 __device__ __forceinline__ void copy_bulk(std::uint32_t to, const void* from, int bytes, std::uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");

@@ -17,18 +17,19 @@ struct MatmulTask {
   index_t ldx, m;
   Y* y;
   index_t ldy;
+  const Y* add = nullptr;  // y [m, n] += this, which has y's shape and distance of rows, and is not y
 };
 
-/// `weights`: room for some rows of W as A's.
+/// False where t.add is still to be added. `weights`: room for some rows of W as A's.
 template <class A, class Y>
-void matmul(cudaStream_t stream, BlasPlans& blas, const MatmulTask<A, Y>& t, std::byte* workspace, std::size_t workspace_bytes, std::byte* weights, std::size_t weights_bytes) {
+bool matmul(cudaStream_t stream, BlasPlans& blas, const MatmulTask<A, Y>& t, std::byte* workspace, std::size_t workspace_bytes, std::byte* weights, std::size_t weights_bytes) {
   const auto multiply = [&](const std::byte* w, index_t ldw, index_t first, index_t n) {
-    const BlasTask task{w, t.x, t.y + first, ldw, t.ldx, t.ldy, t.m, n, t.k, blas_type<A>(), blas_type<Y>()};
+    const BlasTask task{w, t.x, t.y + first, ldw, t.ldx, t.ldy, t.m, n, t.k, blas_type<A>(), blas_type<Y>(), t.add ? t.add + first : nullptr};
     return blas.multiply(stream, task, workspace, workspace_bytes);
   };
   const index_t row = packed_row_bytes(t.format, t.k);
   if (t.format == format_of<A>) {
-    if (multiply(t.w, row / static_cast<index_t>(sizeof(A)), 0, t.n)) return;
+    if (multiply(t.w, row / static_cast<index_t>(sizeof(A)), 0, t.n)) return true;
   } else if (t.k % 8 == 0) {
     const index_t rows = std::max<index_t>(1, static_cast<index_t>(weights_bytes / sizeof(A)) / t.k);
     // Slices of equal size: a last one of few rows would leave most of the card idle.
@@ -40,7 +41,7 @@ void matmul(cudaStream_t stream, BlasPlans& blas, const MatmulTask<A, Y>& t, std
       launched("dequantise");
       if (!multiply(weights, t.k, first, n)) break;
     }
-    if (first >= t.n) return;
+    if (first >= t.n) return true;
   }
   // What the library does not take: rows of odd lengths. A few rows of x at a time.
   for (index_t r = 0; r < t.m; r += matvec_rows) {
@@ -48,6 +49,7 @@ void matmul(cudaStream_t stream, BlasPlans& blas, const MatmulTask<A, Y>& t, std
     matvec_float<A, Y>(stream, {t.w, t.format, rows, static_cast<int>(t.n), static_cast<int>(t.k), t.x + r * t.ldx, t.ldx, t.y + r * t.ldy, t.ldy});
     launched("matvec");
   }
+  return t.add == nullptr;
 }
 
 }  // namespace tinyllama::cuda

@@ -23,17 +23,18 @@ __host__ __device__ constexpr index_t quantised_vector_bytes(index_t columns) { 
 
 /// Four neighbouring columns (4 i ... 4 i + 3) into that form; the 8 lanes of a block of 32 call it together, and all lanes of a warp do.
 __device__ __forceinline__ void quantise4(std::byte* to, int nb, int i, float4 v, bool valid = true) {
-  float max = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-  if (!(v.x == v.x && v.y == v.y && v.z == v.z && v.w == v.w)) max = __int_as_float(0x7fc00000);  // fmaxf drops a NaN; the block shall become one
+  const auto larger = [](float a, float b) {  // a NaN stays: its block shall become one
+    float r;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+  };
+  float max = larger(larger(fabsf(v.x), fabsf(v.y)), larger(fabsf(v.z), fabsf(v.w)));
 #pragma unroll
-  for (int o = 4; o; o >>= 1) {
-    const float other = __shfl_xor_sync(~0u, max, o);
-    max = max == max ? (other == other ? fmaxf(max, other) : other) : max;
-  }
+  for (int o = 4; o; o >>= 1) max = larger(max, __shfl_xor_sync(~0u, max, o));
   const float inverse = max > 4e-37f ? __fdividef(127.0f, max) : 0.0f, d = max * (1.0f / 127.0f);
   const int a = __float2int_rn(v.x * inverse), b = __float2int_rn(v.y * inverse), c = __float2int_rn(v.z * inverse), e = __float2int_rn(v.w * inverse);
-  const int code = (a & 0xff) | (b & 0xff) << 8 | (c & 0xff) << 16 | e << 24;
-  int sum = a + b + c + e;
+  const int code = static_cast<int>(__byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, e, 0x0040), 0x5410));
+  int sum = __dp4a(code, 0x01010101, 0);
 #pragma unroll
   for (int o = 4; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
   if (!valid) return;
@@ -70,42 +71,49 @@ __device__ __forceinline__ float dot8(const float (&w)[8], float4 a, float4 b) {
   return ((w[0] * a.x + w[1] * a.y) + (w[2] * a.z + w[3] * a.w)) + ((w[4] * b.x + w[5] * b.y) + (w[6] * b.z + w[7] * b.w));
 }
 
-/// Block formats: blocks lane, lane + 32, ... of the nb blocks of a tile; x begins `first` blocks into its vector.
-template <Format F, int Unroll = 2>
-__device__ __forceinline__ float dot_tile_int8(const std::byte* tile, int nb, const QuantisedVector& x, int first, int lane) {
-  float acc = 0;
-  int b = lane;
-  for (; b + 32 * (Unroll - 1) < nb; b += 32 * Unroll) {
+/// Block formats: acc[r] += blocks lane, lane + 32, ... of the nb blocks of R tiles; x begins `first` blocks into its vector.
+template <Format F, int R>
+__device__ __forceinline__ void dot_tiles_int8(float (&acc)[R], const std::byte* const (&tile)[R], int nb, const QuantisedVector& x, int first, int lane) {
+  const auto block = [&](int n, int b) {
+    const uint4 low = x.low[first + b], high = x.high[first + b];
+    const float2 s = x.scale_sum[first + b];
 #pragma unroll
-    for (int u = 0; u < Unroll; ++u) {
-      const int i = b + 32 * u;
-      acc += dot_block(Block32<F>(tile, nb, i), x.low[first + i], x.high[first + i], x.scale_sum[first + i]);
-    }
+    for (int r = 0; r < R; ++r) acc[r] += dot_block(Block32<F>(tile[r], n, b), low, high, s);
+  };
+  constexpr int full = tile_columns(F) / 32;
+  if (nb == full) {
+#pragma unroll
+    for (int u = 0; u < full / 32; ++u) block(full, lane + 32 * u);
+  } else {
+#pragma unroll 1
+    for (int b = lane; b < nb; b += 32) block(nb, b);
   }
-  for (; b < nb; b += 32) acc += dot_block(Block32<F>(tile, nb, b), x.low[first + b], x.high[first + b], x.scale_sum[first + b]);
-  return acc;
 }
 
-/// Float formats: pieces lane, lane + 32, ... of the n8 pieces of a tile.
-template <Format F, int Unroll = 4>
-__device__ __forceinline__ float dot_tile_float(const std::byte* tile, int n8, const FloatVector& x, int first, int lane) {
-  float a = 0, b = 0;
-  int p = lane;
-  for (; p + 32 * (Unroll - 1) < n8; p += 32 * Unroll) {
+/// Float formats: pieces lane, lane + 32, ... of the n8 pieces of R tiles.
+template <Format F, int R>
+__device__ __forceinline__ void dot_tiles_float(float (&acc)[R], const std::byte* const (&tile)[R], int n8, const FloatVector& x, int first, int lane) {
+  constexpr int unroll = 4 / R;
+  float a[R] = {}, b[R] = {};
+  const auto piece = [&](int p) {
+    const float4 l = x.low[first + p], h = x.high[first + p];
 #pragma unroll
-    for (int u = 0; u < Unroll; ++u) {
-      const int i = p + 32 * u;
-      const Values8<F> w(tile, i);
-      const float4 l = x.low[first + i], h = x.high[first + i];
-      a += w.v[0] * l.x, b += w.v[1] * l.y, a += w.v[2] * l.z, b += w.v[3] * l.w;
-      a += w.v[4] * h.x, b += w.v[5] * h.y, a += w.v[6] * h.z, b += w.v[7] * h.w;
+    for (int r = 0; r < R; ++r) {
+      const Values8<F> w(tile[r], p);
+      a[r] += w.v[0] * l.x, b[r] += w.v[1] * l.y, a[r] += w.v[2] * l.z, b[r] += w.v[3] * l.w;
+      a[r] += w.v[4] * h.x, b[r] += w.v[5] * h.y, a[r] += w.v[6] * h.z, b[r] += w.v[7] * h.w;
     }
+  };
+  int p = lane;
+#pragma unroll 1
+  for (; p + 32 * (unroll - 1) < n8; p += 32 * unroll) {
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) piece(p + 32 * u);
   }
-  for (; p < n8; p += 32) {
-    const Values8<F> w(tile, p);
-    a += dot8(w.v, x.low[first + p], x.high[first + p]);
-  }
-  return a + b;
+#pragma unroll 1
+  for (; p < n8; p += 32) piece(p);
+#pragma unroll
+  for (int r = 0; r < R; ++r) acc[r] += a[r] + b[r];
 }
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -205,7 +213,7 @@ __global__ void matvec_float_kernel(MatvecTask<X, Y> task) {
 }
 
 namespace detail {
-/// Calls f.operator()<T>() for the number of rows t, 1 to matvec_rows: 1, 2, 3, 4, 6 or 8, rounded up. Kernels read rows of x up to that number.
+/// Calls f.operator()<T>() for the number of rows t, 1 to matvec_rows.
 template <class Fn>
 void visit_rows(int t, Fn&& f) {
   switch (t) {

@@ -1,6 +1,7 @@
 // Attention of a few query rows to a long cache, at the speed of memory: each byte of K and V is read once for all rows of a KV head, by mma.sync.
 //
-// A block of 4 warps takes pages through a ring in shared memory (cp.async, across the boundaries of its items); of each page a warp has 16 positions:
+// A block of 4 warps takes pages through a ring in shared memory (cp.async, across the boundaries of its items). Of each page a warp has 16 positions, which it fetches for
+// itself, so that within an item no warp waits for another:
 //   S^T [16 positions, rows] = K Q^T      A = K as it lies, B = Q: with 8 heads to a KV head no row of the product is padding
 //   P^T = 2^(S^T - max)                   in registers; movmatrix turns the accumulator's order into that of an operand
 //   O^T [head_dim, rows] += V^T P^T       A = V^T by ldmatrix.trans
@@ -64,18 +65,17 @@ __device__ inline std::uint32_t codes_to_bf16(std::uint32_t w) {
 
 inline constexpr int paged_threads = 128;
 
-/// What a stage of the ring holds: a page's K and V of one head as they lie (with scales where the format has them), and the item's queries.
+/// What a stage of the ring holds: a page's K and V of one head as they lie (with scales where the format has them).
 template <int HeadDim, int Tiles, Format F>
 struct PagedShape {
   static constexpr int tile_rows = Tiles * 8;
   static constexpr int values_bytes = F == Format::q8_0 ? page_positions * HeadDim : page_positions * HeadDim * 2;
   static constexpr int kv_bytes = values_bytes + (F == Format::q8_0 ? page_positions * 4 : 0);
-  static constexpr int q_bytes = tile_rows * HeadDim * 2;
-  static constexpr int stage_bytes = 2 * kv_bytes + q_bytes;
+  static constexpr int stage_bytes = 2 * kv_bytes;
   static constexpr int pitch = HeadDim + 4;  // of results in shared memory, in floats
   static constexpr int result_bytes = (tile_rows * pitch + 4 * 2 * tile_rows + 2 * tile_rows + 4) * 4;
-  static constexpr int blocks_per_sm = HeadDim * Tiles <= 256 ? 2 : 1;
-  static constexpr int shared_limit = (blocks_per_sm == 2 ? 112 : 224) * 1024;
+  static constexpr int blocks_per_sm = HeadDim * Tiles <= 64 ? 3 : HeadDim * Tiles <= 256 ? 2 : 1;  // as registers allow
+  static constexpr int shared_limit = (227 / blocks_per_sm - 1) * 1024;
   static constexpr int stages = (shared_limit - result_bytes) / stage_bytes < 6 ? (shared_limit - result_bytes) / stage_bytes : 6;
   static constexpr int shared_bytes = stages * stage_bytes + result_bytes;
 };
@@ -93,56 +93,52 @@ __global__ __launch_bounds__(paged_threads, (PagedShape<HeadDim, Tiles, F>::bloc
   float *tile_max = warp_sum + 4 * rows, *tile_sum = tile_max + rows;               // [rows]
   auto* flag = reinterpret_cast<unsigned*>(tile_sum + rows);
   const int me = static_cast<int>(threadIdx.x), warp = me / 32, lane = me % 32, g = lane / 4, c = lane % 4;
-  const int last_item = a.first[blockIdx.x + 1];
 
   // The loader runs ahead of the arithmetic by up to stages - 1 pages, through the same list of items.
   struct Cursor {
     AttentionItem item;
-    int index, page;
+    int page;
     const std::byte* at;  // of `page`, read one step before it is needed
   };
-  const AttentionItem first_item = load_item(a.items + a.first[blockIdx.x]);
-  Cursor load{first_item, a.first[blockIdx.x], first_item.page_begin, nullptr};
+  AttentionItem item = load_item(a.items + blockIdx.x);
+  if (item.rows == 0) return;
+  Cursor load{item, item.page_begin, nullptr};
+  bool more = true;  // to load
   const auto locate = [&] { load.at = a.pages[load.item.pages + load.page] + load.item.kv_head * a.head_bytes; };
   locate();
   const auto load_page = [&](int stage) {
-    if (load.index < last_item) {
+    if (more) {
       const std::uint32_t to = shared_address(ring + stage * Shape::stage_bytes);
       const int valid = load.item.length - load.page * page_positions;  // rows beyond become zeros: nobody has written them
       constexpr int chunks = Shape::values_bytes / 16, row_chunks = codes ? HeadDim / 16 : 8;
 #pragma unroll
-      for (int i = me; i < 2 * chunks; i += paged_threads) {
-        const int j = i % chunks, row = j / row_chunks % page_positions;
+      for (int i = lane; i < 2 * chunks / 4; i += 32) {
+        // Chunk j of the page's values: of the warp's rows, block (of 128-byte columns) by block.
+        const int of = i % (chunks / 4), row = warp * 16 + of / row_chunks % 16, j = codes ? warp * 16 * row_chunks + of : of / 128 * 512 + warp * 128 + of % 128;
         // Codes lie in plain rows; in shared memory chunk x of a row stands at x ^ (row / (128 / row bytes)), as the 128-byte swizzle would have it.
         const int swizzle = codes ? (row * row_chunks / 8 & (row_chunks - 1)) : 0;
-        const std::uint32_t place = to + (i < chunks ? 0 : Shape::kv_bytes) + (j ^ swizzle) * 16;
-        copy_async(place, load.at + (i < chunks ? a.k_offset : a.v_offset) + j * 16, row < valid);
+        const bool is_k = i < chunks / 4;
+        copy_async(to + (is_k ? 0 : Shape::kv_bytes) + (j ^ swizzle) * 16, load.at + (is_k ? a.k_offset : a.v_offset) + j * 16, row < valid);
       }
-      if constexpr (codes) {
-        const int j = me & 15;  // scales: 16 chunks of K, 16 of V
-        if (me < 32) copy_async(to + (me < 16 ? 0 : Shape::kv_bytes) + Shape::values_bytes + j * 16, load.at + (me < 16 ? a.k_offset : a.v_offset) + Shape::values_bytes + j * 16, j * 4 < valid);
+      if constexpr (codes) {  // the 16 positions' scales: 4 chunks of K, 4 of V
+        const bool is_k = lane < 4;
+        const int j = warp * 4 + (lane & 3);
+        if (lane < 8) copy_async(to + (is_k ? 0 : Shape::kv_bytes) + Shape::values_bytes + j * 16, load.at + (is_k ? a.k_offset : a.v_offset) + Shape::values_bytes + j * 16, j * 4 < valid);
       }
-      if (load.page == load.item.page_begin) {
-        constexpr int q_chunks = HeadDim / 8;
-        for (int i = me; i < rows * q_chunks; i += paged_threads) {
-          const int row = i / q_chunks, chunk = i % q_chunks, r = load.item.row + row, token = r / a.group, head = load.item.kv_head * a.group + r % a.group;
-          const bool exists = row < load.item.rows;
-          const bf16* from = a.q + (exists ? (load.item.first_row + token) * a.ldq + static_cast<std::int64_t>(head) * HeadDim + chunk * 8 : 0);
-          copy_async(to + 2 * Shape::kv_bytes + row * HeadDim * 2 + (chunk ^ (row & 7)) * 16, from, exists);
-        }
+      if (++load.page == load.item.page_end) {
+        more = load.item.next >= 0;
+        if (more) load.item = load_item(a.items + load.item.next), load.page = load.item.page_begin;
       }
-      if (++load.page == load.item.page_end && ++load.index < last_item) load.item = load_item(a.items + load.index), load.page = load.item.page_begin;
-      if (load.index < last_item) locate();
+      if (more) locate();
     }
     commit_async();
   };
-#pragma unroll
+#pragma unroll 1
   for (int s = 0; s < stages - 1; ++s) load_page(s);
 
   const float scale = a.scale * 1.4426950408889634f;
   int stage = 0;
-  for (int index = a.first[blockIdx.x]; index < last_item; ++index) {
-    const AttentionItem item = load_item(a.items + index);
+  while (true) {
     std::uint32_t q[Tiles][k_steps][2];
     float o[d_tiles][Tiles][4] = {}, max[Tiles][2], sum[Tiles][2] = {};
     int seen[Tiles][2];  // positions that the thread's two rows of a tile see
@@ -150,34 +146,30 @@ __global__ __launch_bounds__(paged_threads, (PagedShape<HeadDim, Tiles, F>::bloc
     for (int n = 0; n < Tiles; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e) max[n][e] = -INFINITY, seen[n][e] = min(item.position + (item.row + n * 8 + c * 2 + e) / a.group + 1, item.length);
+    // Q as an operand straight from memory: row n * 8 + g, columns 2c and 2c + 1 of each 8. For codes the order of a product's terms is free: thread c takes
+    // columns 4c .. 4c + 3 of each 16, which is how it gets K's codes.
+#pragma unroll
+    for (int n = 0; n < Tiles; ++n) {
+      const int r = item.row + min(n * 8 + g, item.rows - 1);  // rows that do not exist repeat the last one; nothing of them is stored
+      const bf16* from = a.q + (item.first_row + r / a.group) * a.ldq + static_cast<std::int64_t>(item.kv_head * a.group + r % a.group) * HeadDim + c * (codes ? 4 : 2);
+#pragma unroll
+      for (int step = 0; step < k_steps; ++step) {
+        if constexpr (codes) {
+          const uint2 w = *reinterpret_cast<const uint2*>(from + step * 16);
+          q[n][step][0] = w.x, q[n][step][1] = w.y;
+        } else {
+          q[n][step][0] = convert_pair<T>(*reinterpret_cast<const std::uint32_t*>(from + step * 16));
+          q[n][step][1] = convert_pair<T>(*reinterpret_cast<const std::uint32_t*>(from + step * 16 + 8));
+        }
+      }
+    }
     const int all_see = item.position + item.row / a.group + 1;  // what the first row sees, all do
 
     for (int page = item.page_begin; page < item.page_end; ++page) {
       wait_async<stages - 2>();
-      __syncthreads();
+      __syncwarp();
       load_page(stage == 0 ? stages - 1 : stage - 1);
-      const std::uint32_t k_at = shared_address(ring + stage * Shape::stage_bytes), v_at = k_at + Shape::kv_bytes, q_at = v_at + Shape::kv_bytes;
-      if (page == item.page_begin) {
-#pragma unroll
-        for (int n = 0; n < Tiles; ++n) {
-          if constexpr (codes) {
-            // The order of a product's terms is free: thread c takes d = 4c .. 4c + 3 of each 16, which is how it gets K's codes.
-#pragma unroll
-            for (int s = 0; s < k_steps; ++s) {
-              const std::uint32_t at = q_at + (n * 8 + g) * HeadDim * 2 + ((s * 2 + c / 2) ^ g) * 16 + c % 2 * 8;
-              asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(q[n][s][0]), "=r"(q[n][s][1]) : "r"(at) : "memory");
-            }
-          } else {
-#pragma unroll
-            for (int s = 0; s < k_steps; s += 2) {
-              std::uint32_t r[4];
-              load_matrices(r, q_at + (n * 8 + lane % 8) * HeadDim * 2 + ((s * 2 + lane / 8) ^ (lane % 8)) * 16);
-#pragma unroll
-              for (int e = 0; e < 4; ++e) q[n][s + e / 2][e % 2] = convert_pair<T>(r[e]);
-            }
-          }
-        }
-      }
+      const std::uint32_t k_at = shared_address(ring + stage * Shape::stage_bytes), v_at = k_at + Shape::kv_bytes;
       float s[Tiles][4] = {};
 #pragma unroll
       for (int step = 0; step < k_steps; ++step) {
@@ -204,7 +196,8 @@ __global__ __launch_bounds__(paged_threads, (PagedShape<HeadDim, Tiles, F>::bloc
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const unsigned char* at = ring + stage * Shape::stage_bytes + Shape::values_bytes + (warp * 16 + e * 8 + g) * 4;
-          k_scale[e] *= *reinterpret_cast<const float*>(at), v_scale[e] = *reinterpret_cast<const float*>(at + Shape::kv_bytes);
+          const bool exists = page * page_positions + warp * 16 + e * 8 + g < item.length;  // others' scales are anything; P is 0 there, but 0 times a NaN is none
+          k_scale[e] *= *reinterpret_cast<const float*>(at), v_scale[e] = exists ? *reinterpret_cast<const float*>(at + Shape::kv_bytes) : 0.0f;
         }
       }
       const bool masked = (page + 1) * page_positions > all_see;
@@ -301,7 +294,9 @@ __global__ __launch_bounds__(paged_threads, (PagedShape<HeadDim, Tiles, F>::bloc
       __syncthreads();
     }
     finish_tile(a, item, result, Shape::pitch, tile_max, tile_sum, flag);
-    // The next write to `result` comes behind the barrier of the next item's first page.
+    // The next writes to `result` come behind the first barrier at the end of the next item.
+    if (item.next < 0) break;
+    item = load_item(a.items + item.next);
   }
 }
 

@@ -93,23 +93,45 @@ __device__ __forceinline__ float2 receive2(const Flagged* from, std::uint32_t ro
     pause(wait_ns);
   }
 }
-/// N times four neighbouring values, `stride` apart; those from index `count` on are not read and 0.
+/// Two values from two places, both on their way at once.
+__device__ __forceinline__ float2 receive_two(const Flagged* first, const Flagged* second, std::uint32_t round, unsigned wait_ns) {
+  std::uint64_t a, b;
+  for (;;) {
+    a = poll1(first), b = poll1(second);
+    if (is_round(a, round) && is_round(b, round)) return {value_of(a), value_of(b)};
+    pause(wait_ns);
+  }
+}
+
+/// Where value c of a vector stands that is read four values a thread: 128 values as 32 words of values 4 i, 4 i + 1 and then 32 words of 4 i + 2,
+/// 4 i + 3, so that both reads of a warp are runs of 512 bytes. A buffer takes exchange_size(n) places.
+__host__ __device__ constexpr int exchange_place(int c) { return (c & ~127) + (c & 2) * 32 + (c >> 2 & 31) * 2 + (c & 1); }
+__host__ __device__ constexpr int exchange_size(int n) { return (n + 127) / 128 * 128; }
+
+/// Waits until a sample of the n values is there, `thread` of 128 polling one of them each. All blocks polling all values would fill L2's bandwidth:
+/// 132 blocks x 45 KB is 2 us of it for the longest vector. Whoever reads a value still looks at its flag.
+__device__ __forceinline__ void await_sample(const Flagged* from, int n, int thread, std::uint32_t round, unsigned wait_ns) {
+  const int c = (thread * n + n - 1) / 128;
+  receive(from + exchange_place(c < n ? c : n - 1), round, wait_ns);
+}
+/// Values 4 (i + j stride) ... + 3 for j < N; those with j >= count are not read and 0.
 template <int N>
-__device__ __forceinline__ void receive4(float4 (&v)[N], const Flagged* from, int stride, int count, std::uint32_t round, unsigned wait_ns) {
+__device__ __forceinline__ void receive4(float4 (&v)[N], const Flagged* from, int i, int stride, int count, std::uint32_t round, unsigned wait_ns) {
+  const Flagged* const at = from + exchange_place(4 * i);
   for (;;) {
     std::uint64_t w[N][4];
     bool all = true;
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (i < count) poll2(from + i * stride, w[i][0], w[i][1]), poll2(from + i * stride + 2, w[i][2], w[i][3]);
+    for (int j = 0; j < N; ++j)
+      if (j < count) poll2(at + 4 * j * stride, w[j][0], w[j][1]), poll2(at + 4 * j * stride + 64, w[j][2], w[j][3]);
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (i < count) {
+    for (int j = 0; j < N; ++j)
+      if (j < count) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) all = all && is_round(w[i][j], round);
-        v[i] = make_float4(value_of(w[i][0]), value_of(w[i][1]), value_of(w[i][2]), value_of(w[i][3]));
+        for (int e = 0; e < 4; ++e) all = all && is_round(w[j][e], round);
+        v[j] = make_float4(value_of(w[j][0]), value_of(w[j][1]), value_of(w[j][2]), value_of(w[j][3]));
       } else {
-        v[i] = make_float4(0, 0, 0, 0);
+        v[j] = make_float4(0, 0, 0, 0);
       }
     if (all) return;
     pause(wait_ns);

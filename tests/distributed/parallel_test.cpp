@@ -1,0 +1,273 @@
+// Parallel: any number of ranks, however the rows fall to them and whatever they shard, learn what one process learns; and a rank has the memory of the plan.
+#include "tinyllama/distributed/parallel.hpp"
+
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <random>
+
+#include "tests/distributed/thread_ranks.hpp"
+#include "tinyllama/train/dpo.hpp"
+#include "tinyllama/train/trainer.hpp"
+
+namespace {
+
+using namespace tinyllama;
+using namespace tinyllama::test;
+
+struct small : llama_defaults {
+  static constexpr int layers = 3, hidden = 48, heads = 4, kv_heads = 2, ffn = 80, vocab = 100, context = 16;
+};
+struct small_tied : small {
+  static constexpr bool tied = true;
+};
+constexpr index_t T = 12;
+static_assert(Communicator<Single<Cpu>>);
+
+/// Rows of ids; some targets, and one whole row, do not count.
+struct Batch {
+  std::vector<std::int32_t> inputs, targets;
+  explicit Batch(int rows) {
+    std::mt19937 random(7);
+    for (int i = 0; i < rows * T; ++i) {
+      inputs.push_back(static_cast<std::int32_t>(random() % small::vocab));
+      targets.push_back(i / T == 1 || i % 5 == 0 ? -100 : static_cast<std::int32_t>(random() % small::vocab));
+    }
+  }
+  /// The rank's rows.
+  std::pair<std::span<const std::int32_t>, std::span<const std::int32_t>> share(int rank, int ranks) const {
+    const std::size_t rows = inputs.size() / T, first = rows * static_cast<std::size_t>(rank) / static_cast<std::size_t>(ranks) * T,
+                      end = rows * static_cast<std::size_t>(rank + 1) / static_cast<std::size_t>(ranks) * T;
+    return {std::span(inputs).subspan(first, end - first), std::span(targets).subspan(first, end - first)};
+  }
+};
+
+TrainerOptions how() { return {.peak_lr = 3e-3f, .clip = 0.5f, .precision = Precision::f32, .tokens = T, .micro_rows = 1, .logits_rows = 7, .seed = 5}; }
+
+/// What is to be the same.
+struct Outcome {
+  std::vector<float> losses, norms, gradients, weights, moment;  // the gradients of the last step, and what it left
+  float evaluation = 0;
+};
+
+template <class C>
+Outcome learn(Trainer<C>& t, const Batch& batch, int rank, int ranks, int steps) {
+  const auto [inputs, targets] = batch.share(rank, ranks);
+  Outcome o;
+  for (int i = 0; i < steps; ++i) {
+    o.losses.push_back(t.step(inputs, targets));
+    o.norms.push_back(t.report().gradient_norm);
+    if (i == 1) o.evaluation = t.evaluate(inputs, targets);  // between two steps
+  }
+  o.gradients = t.whole_gradients();
+  if (t.options().lora) o.weights = t.whole(t.adapters());
+  else o.weights = t.whole(t.weights());
+  o.moment = t.whole(t.second_moment());
+  return o;
+}
+
+template <class C>
+Outcome alone(const Batch& batch, const TrainerOptions& options, int steps = 6) {
+  Cpu dev({.threads = 1, .kernels = nullptr});
+  Trainer<C> t(dev, options);
+  return learn(t, batch, 0, 1, steps);
+}
+
+double difference(const std::vector<float>& a, const std::vector<float>& b) {
+  REQUIRE(a.size() == b.size());
+  double squares = 0, size = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) squares += std::pow(static_cast<double>(a[i]) - b[i], 2), size += std::pow(static_cast<double>(b[i]), 2);
+  return std::sqrt(squares / size);
+}
+
+/// All ranks' outcomes against that of one: sums of 24-bit numbers in another order, over six steps.
+void check_same(const std::vector<Outcome>& found, const Outcome& expected) {
+  for (const Outcome& o : found) {
+    CHECK(difference(o.losses, expected.losses) < 1e-6);
+    CHECK(difference(o.norms, expected.norms) < 1e-5);
+    CHECK(std::fabs(o.evaluation / expected.evaluation - 1) < 1e-6);
+    CHECK(difference(o.gradients, expected.gradients) < 1e-5);
+    CHECK(difference(o.moment, expected.moment) < 1e-5);
+    CHECK(difference(o.weights, expected.weights) < 2e-5);
+    CHECK(o.weights == found.front().weights);  // the ranks among each other: the same bits
+  }
+}
+
+template <class C>
+std::vector<Outcome> together(const Batch& batch, const TrainerOptions& options, int ranks, Sharding sharding, std::size_t bucket_bytes = 20000, int steps = 6) {
+  std::vector<Outcome> all(static_cast<std::size_t>(ranks));
+  on_ranks(ranks, [&](ThreadRank& m) {
+    Cpu dev({.threads = 1, .kernels = nullptr});
+    Parallel<Cpu, ThreadRank> peers(m, {.sharding = sharding, .bucket_bytes = bucket_bytes});
+    Trainer<C> t(dev, options, {}, &peers);
+    all[static_cast<std::size_t>(m.rank())] = learn(t, batch, m.rank(), ranks, steps);
+  });
+  return all;
+}
+
+constexpr Sharding shardings[] = {Sharding::ddp, Sharding::zero1, Sharding::fsdp};
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("parallel: losses, norms, gradients, weights and moments of 1 to 5 ranks are those of one process", C, small, small_tied) {
+  const Batch batch(7);  // comes out even for no number of ranks
+  const Outcome expected = alone<C>(batch, how());
+  for (const Sharding s : shardings)
+    for (const int ranks : {1, 2, 3, 5}) {
+      CAPTURE(static_cast<int>(s));
+      CAPTURE(ranks);
+      check_same(together<C>(batch, how(), ranks, s), expected);
+    }
+}
+
+TEST_CASE("parallel: more ranks than rows, one micro-batch, and buckets of all sizes") {
+  const Batch batch(3);
+  TrainerOptions options = how();
+  const Outcome expected = alone<small>(batch, options);
+  for (const Sharding s : shardings) check_same(together<small>(batch, options, 5, s), expected);
+  options.micro_rows = 0;
+  for (const Sharding s : shardings) check_same(together<small>(batch, options, 2, s), expected);
+  for (const std::size_t bytes : {std::size_t{1}, std::size_t{1} << 30}) check_same(together<small>(batch, options, 2, Sharding::ddp, bytes), expected);
+}
+
+TEST_CASE("parallel: adapters too") {
+  const Batch batch(4);
+  TrainerOptions options = how();
+  options.lora = LoraOptions{.rank = 3, .slots = AdapterSlots::every(), .seed = 2};
+  const Outcome expected = alone<small>(batch, options);
+  for (const Sharding s : {Sharding::ddp, Sharding::zero1}) check_same(together<small>(batch, options, 3, s), expected);
+  CHECK_THROWS_WITH_AS(together<small>(batch, options, 2, Sharding::fsdp), "trainer: sharding: expected ddp or zero1 for adapters, found fsdp", Error);
+}
+
+TEST_CASE("parallel: without knowing the number of passes the gradients leave at the end; fsdp has to know it") {
+  const Batch batch(4);
+  const Outcome expected = alone<small>(batch, how(), 1);
+  for (const Sharding s : {Sharding::ddp, Sharding::zero1})
+    on_ranks(2, [&](ThreadRank& m) {
+      Cpu dev({.threads = 1, .kernels = nullptr});
+      Parallel<Cpu, ThreadRank> peers(m, {.sharding = s});
+      Trainer<small> t(dev, how(), {}, &peers);
+      const auto [inputs, targets] = batch.share(m.rank(), 2);
+      const std::int64_t count = t.total(std::count_if(targets.begin(), targets.end(), [](std::int32_t x) { return x >= 0; }));
+      t.begin_step();
+      t.accumulate(inputs, targets, 1.0f / static_cast<float>(count));
+      if (!(std::fabs(t.end_step(count) / expected.losses[0] - 1) < 1e-6 && difference(t.whole_gradients(), expected.gradients) < 1e-5)) throw Error("another outcome");
+    });
+  CHECK_THROWS_WITH_AS(on_ranks(2,
+                                [&](ThreadRank& m) {
+                                  Cpu dev({.threads = 1, .kernels = nullptr});
+                                  Parallel<Cpu, ThreadRank> peers(m, {.sharding = Sharding::fsdp});
+                                  Trainer<small> t(dev, how(), {}, &peers);
+                                  t.begin_step();
+                                  t.accumulate(batch.inputs, batch.targets, 1.0f);
+                                }),
+                       "trainer: begin_step: expected the number of passes, for fsdp, found none given", Error);
+}
+
+TEST_CASE("parallel: accumulation at home sends nothing, but for fsdp") {
+  const Batch batch(8);
+  const auto sent = [&](Sharding s, index_t micro_rows) {
+    std::size_t bytes = 0;
+    on_ranks(2, [&](ThreadRank& m) {
+      Cpu dev({.threads = 1, .kernels = nullptr});
+      Parallel<Cpu, ThreadRank> peers(m, {.sharding = s});
+      TrainerOptions options = how();
+      options.micro_rows = micro_rows;
+      Trainer<small> t(dev, options, {}, &peers);
+      const auto [inputs, targets] = batch.share(m.rank(), 2);
+      t.step(inputs, targets);
+      if (m.rank() == 0) bytes = m.sent();
+    });
+    return bytes;
+  };
+  constexpr auto all = static_cast<std::size_t>(parameter_count<small>()) * sizeof(float);
+  CHECK(sent(Sharding::ddp, 4) == all);
+  CHECK(sent(Sharding::ddp, 1) == all);
+  CHECK(sent(Sharding::zero1, 1) == sent(Sharding::zero1, 4));
+  // Own shards of the weights forward and, but for head, last block and embedding, backward; and all gradients.
+  CHECK(sent(Sharding::fsdp, 4) < 2 * all);
+  CHECK(sent(Sharding::fsdp, 1) > 3 * sent(Sharding::fsdp, 4));
+}
+
+TEST_CASE("parallel: preferences, whose pairs the ranks share") {
+  const Batch batch(6);
+  std::vector<PreferencePair> pairs;
+  for (std::size_t i = 0; i < 3; ++i) {
+    const auto sample = [&](std::size_t row) {
+      Sample s;
+      s.ids.assign(batch.inputs.begin() + static_cast<std::ptrdiff_t>(row * T), batch.inputs.begin() + static_cast<std::ptrdiff_t>((row + 1) * T));
+      s.targets.assign(batch.targets.begin() + 2 * T, batch.targets.begin() + 3 * T);
+      return s;
+    };
+    pairs.push_back({sample(2 * i), sample(2 * i + 1)});  // what is in two pairs would cancel to rounding, whose sign AdamW learns
+  }
+  const auto run = [&](Peers<Cpu>* peers) {
+    Cpu dev({.threads = 1, .kernels = nullptr});
+    Trainer<small> t(dev, how(), {}, peers);
+    std::vector<PairLogProbabilities> reference;
+    for (const auto& p : pairs) reference.push_back(log_probabilities(t, p));
+    std::vector<float> found;
+    for (int i = 0; i < 3; ++i) {
+      const DpoReport r = dpo_step(t, std::span<const PreferencePair>(pairs), std::span<const PairLogProbabilities>(reference), 0.5f);
+      found.insert(found.end(), {r.loss, r.margin, r.accuracy, t.report().gradient_norm});
+    }
+    return found;
+  };
+  const auto expected = run(nullptr);
+  for (const Sharding s : {Sharding::ddp, Sharding::zero1})
+    for (const int ranks : {2, 5})
+      on_ranks(ranks, [&](ThreadRank& m) {
+        Parallel<Cpu, ThreadRank> peers(m, {.sharding = s});
+        if (!(difference(run(&peers), expected) < 1e-5)) throw Error("another outcome");
+      });
+}
+
+TEST_CASE_TEMPLATE("parallel: a rank's bytes are those of the plan, and fall with the number of ranks", C, small, small_tied) {
+  const Batch batch(4);
+  for (const Sharding s : shardings) {
+    std::size_t before = static_cast<std::size_t>(-1);
+    for (const int ranks : {1, 2, 4}) {
+      const TrainingPlan plan = training_plan(C{}, {.batch = 1, .tokens = T, .precision = Precision::f32, .logits_rows = 7, .sharding = s, .ranks = ranks});
+      on_ranks(ranks, [&](ThreadRank& m) {
+        Cpu dev({.threads = 1, .kernels = nullptr});
+        Parallel<Cpu, ThreadRank> peers(m, {.sharding = s});
+        Trainer<C> t(dev, how(), {}, &peers);
+        const auto [inputs, targets] = batch.share(m.rank(), ranks);
+        t.step(inputs, targets);
+        if (t.bytes() != plan.total() - plan.scratch) throw Error("bytes", "", std::to_string(plan.total() - plan.scratch), std::to_string(t.bytes()));
+      });
+      if (s == Sharding::ddp) CHECK((ranks == 1 || plan.total() == before));
+      else CHECK(plan.total() < before);
+      before = plan.total();
+    }
+  }
+  // The 1.1B model: 16 bytes a weight on one card, 4 + 4 + 12/8 ... on 8.
+  constexpr auto one = training_plan<tinyllama_1b>({.sharding = Sharding::ddp, .ranks = 8}), eight = training_plan<tinyllama_1b>({.sharding = Sharding::fsdp, .ranks = 8});
+  CHECK(one.weights + one.gradients + one.moments == std::size_t{16} * 1'100'048'384);
+  CHECK(eight.weights + eight.gradients + eight.moments == std::size_t{16} * 1'100'048'384 / 8);
+}
+
+TEST_CASE("parallel: a gradient that is not finite on one rank is skipped by all") {
+  const Batch batch(2);
+  for (const Sharding s : shardings)
+    on_ranks(2, [&](ThreadRank& m) {
+      Cpu dev({.threads = 1, .kernels = nullptr});
+      Parallel<Cpu, ThreadRank> peers(m, {.sharding = s});
+      Trainer<small> t(dev, how(), {}, &peers);
+      const auto [inputs, targets] = batch.share(m.rank(), 2);
+      const std::vector<float> before = t.whole(t.weights());
+      t.begin_step(1);
+      t.accumulate(inputs, targets, m.rank() == 1 ? 1.0f : std::numeric_limits<float>::infinity());
+      t.end_step(1);
+      if (!t.report().skipped || t.whole(t.weights()) != before) throw Error("not skipped");
+    });
+}
+
+TEST_CASE("parallel: where nothing counts on any rank, and an id outside the vocabulary on one, are Errors") {
+  Batch batch(2);
+  batch.inputs[T + 3] = small::vocab;
+  CHECK_THROWS_AS(together<small>(batch, how(), 2, Sharding::ddp), Error);
+  batch.inputs[T + 3] = 1;
+  std::fill(batch.targets.begin(), batch.targets.end(), -100);
+  CHECK_THROWS_WITH_AS(together<small>(batch, how(), 2, Sharding::fsdp), doctest::Contains("only such as do not"), Error);
+}
