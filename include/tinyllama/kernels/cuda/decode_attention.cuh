@@ -1,20 +1,18 @@
-// Attention of the decode kernel: up to 8 query heads that share a KV head against a run of positions, by the 512 consumer threads of a block.
+// Attention of the decode kernel: up to 8 query heads that share a KV head against a run of positions, by the consumer threads of a block.
 //
 //   s_p = q . k_p / sqrt(head_dim),   m = max s_p,   o = sum exp(s_p - m) v_p,   l = sum exp(s_p - m)
-// A warp takes 256 / head_dim positions a step, with no barrier: a lane holds 8 values of K of one position and multiplies them with 8 heads; the lanes of
-// a position scatter the sums so that each keeps the score of one head; for the product with V, which goes through the warp's shared memory, a lane owns
-// some columns of all heads. At the end the warps' results are brought to one maximum and added up.
+// All is latency here: a task is 16 positions where that fills the card, in steps of 32 with three barriers. K and V are asked for before q is there and go
+// to shared memory as floats; behind the stream of weights a read of memory takes thousands of cycles, so the kernel brings them into L2 a product ahead.
+// Four lanes score a position for a head; then every thread has all scores of its head, takes maximum and sum for itself, and owns a column of the result:
+// nothing is put together at the end.
 #pragma once
 
+#include "tinyllama/kernels/cuda/decode_plan.cuh"
 #include "tinyllama/kernels/cuda/matvec.cuh"
-#include "tinyllama/kernels/cuda/ring.cuh"
 
 namespace tinyllama::cuda::decode {
 
-inline constexpr int consumers = 512, consumer_warps = consumers / 32, group_heads = 8;
-
-/// All consumer threads of a block.
-__device__ __forceinline__ void consumer_sync() { asm volatile("bar.sync 1, %0;" ::"n"(consumers) : "memory"); }
+inline constexpr int group_heads = 8;
 
 // ---- eight neighbouring values of the cache: dims 8 j ... 8 j + 7 of the position in `slot` of K or V of a page (order: kernels/cuda/cache.cuh)
 
@@ -98,33 +96,34 @@ __device__ __forceinline__ void store_cached8(Format f, std::byte* page, int slo
 /// Shared memory that a task uses.
 template <int HD>
 struct AttentionScratch {
-  static constexpr int positions = 256 / HD;          // of a warp's step: a lane holds 8 values of one of them
-  static constexpr int slabs = 16384 / (group_heads * HD * 4);
-  float q[group_heads][HD];
-  float k[HD], v[HD];                                 // of the new position
-  float max[consumer_warps][group_heads], sum[consumer_warps][group_heads], m[group_heads], l[group_heads];
-  float p[consumer_warps][positions][group_heads];
-  union {
-    float values[consumer_warps][positions][HD];      // V of each warp's step
-    float sums[slabs][group_heads][HD];               // results of warps
-  };
+  static constexpr int step = 32;          // positions
+  alignas(16) float q[group_heads][HD + 4];  // padded: four lanes of two heads read 16 bytes each without bank conflicts
+  float k[HD], v[HD];                      // of the new position
+  float score[group_heads][step];
+  float keys[step][HD], values[step][HD];
 };
 
+/// What is the same in all layers of a step. It lies in shared memory: registers are scarce, and what does not fit there is 300 cycles away.
 struct AttentionTask {
-  const Flagged *q, *k, *v;    // of the group's first head; of its KV head
+  const Quad *q, *k, *v;       // of the group's first head; of its KV head
+  std::byte* first_page;       // pages[begin / 64]
+  std::int64_t offset;         // of the KV head in a page, of the first layer
   int heads;                   // 1 ... 8 of the group
-  std::byte* const* pages;
-  std::int64_t k_offset, v_offset;
-  int begin, end;              // positions [begin, end); begin is a page's first
-  int position;                // the new one; in [begin, end) where `newest`
+  int begin, end;              // positions [begin, end), of which 64 from begin, or all, are of one page
   bool newest, writes;         // this task takes k and v of the new position; and puts them into the cache
+  Quad* out;                   // results of the group's first head; or, where `partial` is not null, there for each head m, l, o[HD]
+  Flagged* partial;
+  int partial_stride;          // from a head's to the next one's
+};
+/// What is not.
+struct AttentionLayer {
+  std::byte* const* pages;
   Format format;
   bool halves;                 // RopeLayout::half
+  int position;                // the new one
+  std::int64_t offset;         // of this layer in a page
+  std::int64_t half_bytes;     // from K to V
   std::uint32_t round;
-  unsigned wait_ns;
-  Flagged* out;                // the vector of results, this task's from value `first_out`; or, where `partial`, for each head m, l, o[HD]
-  bool partial;
-  int first_out, out_stride;   // partial results of heads are `out_stride` apart
 };
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -132,186 +131,184 @@ __device__ __forceinline__ float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+/// Brings K and V of positions [begin, end), of one page and up to 64, into L2.
+template <int HD>
+__device__ __forceinline__ void prefetch_cached(Format f, const std::byte* keys, std::int64_t half_bytes, int begin, int end) {
+  constexpr int lanes = HD / 8;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < (end - begin) * lanes && i < 64 * lanes; i += consumers) {
+    const int at = cache_at<HD>(f, (begin + i / lanes) % 64, i % lanes);
+    prefetch_l2(keys + at), prefetch_l2(keys + half_bytes + at);
+  }
+}
+
+/// q, k and v of the new position from the exchange, turned: (a, b) -> (a cos - b sin, b cos + a sin).
+template <int HD>
+__device__ __forceinline__ void receive_turned(const AttentionTask& t, const AttentionLayer& l, AttentionScratch<HD>& s, const float* cos_sin) {
+  constexpr int half = HD / 2, words = HD / 4;  // a thread takes two words: half a head apart
+  const float scale = rsqrtf(static_cast<float>(HD)) * 1.4426950408889634f;  // scores in powers of two
+  const int i = static_cast<int>(threadIdx.x), vector = i / (words / 2), word = i % (words / 2);
+  if (vector >= (t.newest ? 10 : 8)) return;
+  float4 x[2] = {};
+  if (vector >= 8 || vector < t.heads) {
+    const Quad* const from = vector < 8 ? t.q + vector * words : vector == 8 ? t.k : t.v;
+    receive(x, from + word, words / 2, 2, l.round);
+  }
+  if (vector < 9) {
+    const float f = vector < 8 ? scale : 1.0f;
+    const auto turn = [&](float& a, float& b, int pair) {
+      const float c = cos_sin[pair] * f, n = cos_sin[half + pair] * f, u = a, v = b;
+      a = u * c - v * n, b = v * c + u * n;
+    };
+    if (l.halves) {
+      turn(x[0].x, x[1].x, 4 * word), turn(x[0].y, x[1].y, 4 * word + 1), turn(x[0].z, x[1].z, 4 * word + 2), turn(x[0].w, x[1].w, 4 * word + 3);
+    } else {
+      turn(x[0].x, x[0].y, 2 * word), turn(x[0].z, x[0].w, 2 * word + 1);
+      turn(x[1].x, x[1].y, 2 * word + half / 2), turn(x[1].z, x[1].w, 2 * word + half / 2 + 1);
+    }
+  }
+  float4* const to = reinterpret_cast<float4*>(vector < 8 ? s.q[vector] : vector == 8 ? s.k : s.v);
+  to[word] = x[0], to[word + words / 2] = x[1];
+}
+
+/// Eight values of the new position as the cache will give them back; the `lanes` lanes of a head call it together, and all lanes of a warp.
+template <int lanes>
+__device__ __forceinline__ Cached8 round_new(Format f, const float* from) {
+  const float4 a = reinterpret_cast<const float4*>(from)[0], b = reinterpret_cast<const float4*>(from)[1];
+  const float v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  float max = 0;
+  if (f == Format::q8_0) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) max = fmaxf(max, fabsf(v[i]));
+#pragma unroll
+    for (int o = lanes / 2; o; o >>= 1) max = fmaxf(max, __shfl_xor_sync(~0u, max, o));
+  }
+  return to_cached(f, v, max);
+}
 
 /// cos_sin: [2][HD / 2] of the new position, in shared memory.
 template <int HD>
-__device__ __forceinline__ void attention(const AttentionTask& t, AttentionScratch<HD>& s, const float* cos_sin) {
-  using Scratch = AttentionScratch<HD>;
-  constexpr int lanes = HD / 8, half = HD / 2, per_lane = HD / 32, positions = Scratch::positions, slabs = Scratch::slabs;
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, j = lane % lanes, place = lane / lanes, head = lane & 7;
-  float acc[group_heads][per_lane] = {};
-  float m_run = -INFINITY, l_run = 0;
+__device__ __forceinline__ void attention(const AttentionTask& t, const AttentionLayer& l, AttentionScratch<HD>& s, const float* cos_sin) {
+  constexpr int step = AttentionScratch<HD>::step, chunks = HD / 8;
+  // K and V: a thread brings chunk j of 8 dims of position `place`. Scores: a warp takes positions warp and warp + 16, lanes 4 h ... 4 h + 3 head h, and of these
+  // lane c chunks c, c + 4, ... Results: a warp has one head, a lane the dims `dim`, `dim` + 32, ...
+  constexpr int rounds = step / consumer_warps, mine = chunks / 4, loads = (step * chunks + consumers - 1) / consumers, per_head = consumer_warps / group_heads, columns = HD / (32 * per_head);
+  static_assert(columns > 0);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, head = lane / 4, part = lane % 4, place = thread / chunks, j = thread % chunks, out_head = warp / per_head, dim = warp % per_head * 32 * columns + lane;
+  float o[columns] = {}, m_run = -INFINITY, l_run = 0;
 #pragma unroll 1
-  for (int begin = t.begin; begin < t.end; begin += consumer_warps * positions) {
-    const int first = begin + warp * positions, p = first + place;
-    Cached8 k{}, v{};
-    if (p < t.end && !(t.newest && p == t.position)) {  // on its way while q is waited for
-      const std::byte* const page = t.pages[p / 64];
-      k = load_cached8<HD>(t.format, page + t.k_offset, p % 64, j);
-      v = load_cached8<HD>(t.format, page + t.v_offset, p % 64, j);
+  for (int begin = t.begin; begin < t.end; begin += step) {
+    std::byte* const page = begin / 64 == t.begin / 64 ? t.first_page : l.pages[begin / 64];
+    std::byte* const keys = page + t.offset + l.offset;
+    const int n = min(step, t.end - begin), fresh = t.newest ? l.position - begin : step;  // the new position's place, if it is in this step
+    Cached8 k[loads], v[loads];
+#pragma unroll
+    for (int u = 0; u < loads; ++u) {
+      const int at = place + u * (consumers / chunks);
+      const bool there = at < n && at != fresh;
+      k[u] = there ? load_cached8<HD>(l.format, keys, (begin + at) % 64, j) : Cached8{};  // zeros where there is no position
+      v[u] = there ? load_cached8<HD>(l.format, keys + l.half_bytes, (begin + at) % 64, j) : Cached8{};
+    }
+    consumer_sync();  // the scratch is free: it is the products' vector, and that of the step before
+    const auto stage = [&](float* to, const Cached8& c) {
+      float f[8];
+      cached_to_float(l.format, c, f);
+      reinterpret_cast<float4*>(to)[0] = make_float4(f[0], f[1], f[2], f[3]), reinterpret_cast<float4*>(to)[1] = make_float4(f[4], f[5], f[6], f[7]);
+    };
+#pragma unroll
+    for (int u = 0; u < loads; ++u) {
+      const int at = place + u * (consumers / chunks);
+      if (at < step && at != fresh) stage(&s.keys[at][8 * j], k[u]), stage(&s.values[at][8 * j], v[u]);
     }
     if (begin == t.begin) {
-      // q and k arrive as products, and are turned here. (a, b) -> (a cos - b sin, b cos + a sin)
-      const float scale = rsqrtf(static_cast<float>(HD)) * 1.4426950408889634f;  // scores in powers of two
-      consumer_sync();  // the scratch is the products' vector: all warps are done with it
-#pragma unroll 1
-      for (int i = thread; i < (t.newest ? 10 : 8) * half; i += consumers) {
-        const int vector = i / half, pair = i % half;
-        const bool halves = t.halves && vector < 9;
-        const int x = halves ? pair : 2 * pair, y = halves ? pair + half : 2 * pair + 1;
-        float* const to = vector < 8 ? s.q[vector] : vector == 8 ? s.k : s.v;
-        float2 ab{};
-        if (vector >= 8 || vector < t.heads) {
-          const Flagged* const from = vector < 8 ? t.q + vector * HD : vector == 8 ? t.k : t.v;
-          ab = receive_two(from + x, from + y, t.round, t.wait_ns);
-        }
-        if (vector < 9) {
-          const float f = vector < 8 ? scale : 1.0f, c = cos_sin[pair] * f, n = cos_sin[half + pair] * f;
-          ab = make_float2(ab.x * c - ab.y * n, ab.y * c + ab.x * n);
-        }
-        to[x] = ab.x, to[y] = ab.y;
-      }
-      consumer_sync();
+      receive_turned<HD>(t, l, s, cos_sin);
+      if (fresh < step) consumer_sync();
     }
-    if (first >= t.end) break;  // nothing left for this warp
-    if (t.newest && first <= t.position && t.position < first + positions) {  // the same for all lanes
-      float kn[8], vn[8], k_max = 0, v_max = 0;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) kn[i] = s.k[8 * j + i], vn[i] = s.v[8 * j + i], k_max = fmaxf(k_max, fabsf(kn[i])), v_max = fmaxf(v_max, fabsf(vn[i]));
-#pragma unroll
-      for (int o = lanes / 2; o; o >>= 1) k_max = fmaxf(k_max, __shfl_xor_sync(~0u, k_max, o)), v_max = fmaxf(v_max, __shfl_xor_sync(~0u, v_max, o));
-      if (p == t.position) {
-        k = to_cached(t.format, kn, k_max), v = to_cached(t.format, vn, v_max);
-        if (t.writes) {
-          store_cached8<HD>(t.format, t.pages[p / 64] + t.k_offset, p % 64, j, k);
-          store_cached8<HD>(t.format, t.pages[p / 64] + t.v_offset, p % 64, j, v);
+    if (fresh < step) {  // the same for all threads
+      if (warp == 0) {  // its first lanes have the chunks of a position
+        const Cached8 new_k = round_new<chunks>(l.format, s.k + 8 * j), new_v = round_new<chunks>(l.format, s.v + 8 * j);
+        if (lane < chunks) {
+          stage(&s.keys[fresh][8 * j], new_k), stage(&s.values[fresh][8 * j], new_v);
+          if (t.writes) store_cached8<HD>(l.format, keys, l.position % 64, j, new_k), store_cached8<HD>(l.format, keys + l.half_bytes, l.position % 64, j, new_v);
         }
       }
-    }
-    float f[8], score[8];
-    cached_to_float(t.format, k, f);
-#pragma unroll
-    for (int h = 0; h < 8; ++h)
-      score[h] = dot8(f, *reinterpret_cast<const float4*>(&s.q[h][8 * j]), *reinterpret_cast<const float4*>(&s.q[h][8 * j + 4]));
-    const bool valid = p < t.end;
-    cached_to_float(t.format, v, f);
-    float4* const to = reinterpret_cast<float4*>(&s.values[warp][place][8 * j]);
-    to[0] = valid ? make_float4(f[0], f[1], f[2], f[3]) : float4{}, to[1] = valid ? make_float4(f[4], f[5], f[6], f[7]) : float4{};
-    // Lanes of a position: each ends with the sum of head lane % 8.
-    if constexpr (lanes == 16) {
-#pragma unroll
-      for (int h = 0; h < 8; ++h) score[h] += __shfl_xor_sync(~0u, score[h], 8);
-    }
-#pragma unroll
-    for (int o = 4; o; o >>= 1) {
-      const bool upper = lane & o;
-#pragma unroll
-      for (int h = 0; h < o; ++h) {
-        const float give = upper ? score[h] : score[h + o], keep = upper ? score[h + o] : score[h];
-        score[h] = keep + __shfl_xor_sync(~0u, give, o);
-      }
-    }
-    const float x = valid ? score[0] : -INFINITY;
-    float max = x;
-#pragma unroll
-    for (int o = 16; o >= lanes; o >>= 1) max = fmaxf(max, __shfl_xor_sync(~0u, max, o));
-    max = fmaxf(max, m_run);  // finite: position `first` is valid
-    const float rescale = exp2_fast(m_run - max), e = exp2_fast(x - max);
-    float sum = e;
-#pragma unroll
-    for (int o = 16; o >= lanes; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
-    m_run = max, l_run = l_run * rescale + sum;
-    s.p[warp][place][head] = e;
-    if (begin != t.begin) {
-#pragma unroll
-      for (int h = 0; h < 8; ++h) {
-        const float r = __shfl_sync(~0u, rescale, h);
-#pragma unroll
-        for (int d = 0; d < per_lane; ++d) acc[h][d] *= r;
-      }
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < positions; ++i) {
-      const float4 a = *reinterpret_cast<const float4*>(&s.p[warp][i][0]), b = *reinterpret_cast<const float4*>(&s.p[warp][i][4]);
-      const float w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-      float value[per_lane];
-#pragma unroll
-      for (int d = 0; d < per_lane; d += 2) {
-        const float2 two = *reinterpret_cast<const float2*>(&s.values[warp][i][per_lane * lane + d]);
-        value[d] = two.x, value[d + 1] = two.y;
-      }
-#pragma unroll
-      for (int h = 0; h < 8; ++h)
-#pragma unroll
-        for (int d = 0; d < per_lane; ++d) acc[h][d] += w[h] * value[d];
-    }
-    __syncwarp();
-  }
-  // The warps' results to one scale, then added up: those of `slabs` warps at a time onto the next lower ones, in this fixed order.
-  if (lane < 8) s.max[warp][head] = m_run, s.sum[warp][head] = l_run;
-  consumer_sync();
-  float max = -INFINITY, l = 0;
-#pragma unroll
-  for (int w = 0; w < consumer_warps; ++w) max = fmaxf(max, s.max[w][head]);
-  const float factor = exp2_fast(m_run - max);
-  if (warp == 0) {
-#pragma unroll 1
-    for (int w = 0; w < consumer_warps; ++w) l += s.sum[w][head] * exp2_fast(s.max[w][head] - max);
-    if (lane < 8) s.m[head] = max, s.l[head] = l;
-  }
-#pragma unroll
-  for (int h = 0; h < 8; ++h) {
-    const float r = __shfl_sync(~0u, factor, h);
-#pragma unroll
-    for (int d = 0; d < per_lane; ++d) acc[h][d] *= r;
-  }
-#pragma unroll 1
-  for (int top = consumer_warps; top > 0; top -= slabs) {
-    if (warp < top && warp >= top - slabs) {
-#pragma unroll
-      for (int h = 0; h < 8; ++h)
-#pragma unroll
-        for (int d = 0; d < per_lane; d += 2) *reinterpret_cast<float2*>(&s.sums[warp % slabs][h][per_lane * lane + d]) = make_float2(acc[h][d], acc[h][d + 1]);
     }
     consumer_sync();
-    if (warp < top - slabs && warp >= top - 2 * slabs) {
+    float4 q[mine][2];
 #pragma unroll
-      for (int h = 0; h < 8; ++h)
+    for (int i = 0; i < mine; ++i) {
+      const float4* const from = reinterpret_cast<const float4*>(&s.q[head][8 * (part + 4 * i)]);
+      q[i][0] = from[0], q[i][1] = from[1];
+    }
 #pragma unroll
-        for (int d = 0; d < per_lane; d += 2) {
-          const float2 two = *reinterpret_cast<const float2*>(&s.sums[warp % slabs][h][per_lane * lane + d]);
-          acc[h][d] += two.x, acc[h][d + 1] += two.y;
-        }
+    for (int u = 0; u < rounds; ++u) {
+      const int at = warp + consumer_warps * u;
+      if (at / 16 * 16 >= n) break;  // nobody looks at these
+      float score = 0;
+#pragma unroll
+      for (int i = 0; i < mine; ++i) {
+        const float4 a = *reinterpret_cast<const float4*>(&s.keys[at][8 * (part + 4 * i)]), b = *reinterpret_cast<const float4*>(&s.keys[at][8 * (part + 4 * i) + 4]);
+        score += ((a.x * q[i][0].x + a.y * q[i][0].y) + (a.z * q[i][0].z + a.w * q[i][0].w)) + ((b.x * q[i][1].x + b.y * q[i][1].y) + (b.z * q[i][1].z + b.w * q[i][1].w));
+      }
+      score += __shfl_xor_sync(~0u, score, 1), score += __shfl_xor_sync(~0u, score, 2);
+      if (part == 0) s.score[head][at] = at < n ? score : -INFINITY;
+    }
+    consumer_sync();
+#pragma unroll 1
+    for (int first = 0; first < n; first += 16) {
+      float e[16], max = m_run, sum = 0;
+#pragma unroll
+      for (int i = 0; i < 16; i += 4) {
+        const float4 a = *reinterpret_cast<const float4*>(&s.score[out_head][first + i]);
+        e[i] = a.x, e[i + 1] = a.y, e[i + 2] = a.z, e[i + 3] = a.w;
+        max = fmaxf(fmaxf(max, fmaxf(a.x, a.y)), fmaxf(a.z, a.w));
+      }
+      const float rescale = exp2_fast(m_run - max);
+#pragma unroll
+      for (int c = 0; c < columns; ++c) o[c] *= rescale;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float w = exp2_fast(e[i] - max);
+        sum += w;
+#pragma unroll
+        for (int c = 0; c < columns; ++c) o[c] += w * s.values[first + i][dim + 32 * c];
+      }
+      m_run = max, l_run = l_run * rescale + sum;
     }
   }
-#pragma unroll 1
-  for (int i = thread; i < t.heads * HD; i += consumers) {
-    const int h = i / HD, d = i % HD;
-    float o = 0;
+  Flagged* const partial = t.partial ? t.partial + out_head * t.partial_stride : nullptr;
 #pragma unroll
-    for (int w = 0; w < slabs; ++w) o += s.sums[w][h][d];
-    if (t.partial) send(t.out + h * t.out_stride + 2 + d, o, t.round);
-    else send(t.out + exchange_place(t.first_out + i), o / s.l[h], t.round);
+  for (int c = 0; c < columns; ++c) {
+    if (partial == nullptr) send(t.out + (out_head * HD + 32 * c + dim) / 4, __fdividef(o[c], l_run), l.round, out_head < t.heads);
+    else if (out_head < t.heads) send(partial + 2 + 32 * c + dim, o[c], l.round);
   }
-  if (t.partial && thread < t.heads) send(t.out + thread * t.out_stride, s.m[thread], t.round), send(t.out + thread * t.out_stride + 1, s.l[thread], t.round);
+  if (partial && out_head < t.heads && dim == 0) send(partial, m_run, l.round), send(partial + 1, l_run, l.round);
 }
 
-/// The results of one head's splits put together: value d of the head, by a warp. `from`: [splits][2 + HD].
+/// The results of one head's splits put together by a warp: values 4 word ... 4 word + 3 of the head, one a lane, the same in all groups of four lanes.
+/// `from`: [splits][2 + HD].
 template <int HD>
-__device__ __forceinline__ float merge_splits(const Flagged* from, int splits, int d, std::uint32_t round, unsigned wait_ns) {
+__device__ __forceinline__ float merge_splits(const Flagged* from, int splits, int word, std::uint32_t round) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  float2 ml{-INFINITY, 0};
-  float o = 0;
+  float2 v[3] = {{-INFINITY, 0}, {0, 0}, {0, 0}};
   if (lane < splits) {
-    ml = receive2(from + lane * (HD + 2), round, wait_ns);
-    o = receive(from + lane * (HD + 2) + 2 + d, round, wait_ns);
+    const Flagged* const at = from + lane * (HD + 2);
+    const Flagged* const places[3] = {at, at + 2 + 4 * word, at + 4 + 4 * word};
+    receive(v, places, round);
   }
-  float max = ml.x;
+  float max = v[0].x;
 #pragma unroll
   for (int i = 16; i; i >>= 1) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));
-  const float e = exp2_fast(ml.x - max);
-  return warp_sum(e * o) / warp_sum(e * ml.y);
+  const float e = exp2_fast(v[0].x - max);
+  float l = e * v[0].y, a = e * v[1].x, b = e * v[1].y, c = e * v[2].x, d = e * v[2].y;
+#pragma unroll
+  for (int i = 16; i; i >>= 1) {
+    l += __shfl_xor_sync(~0u, l, i), a += __shfl_xor_sync(~0u, a, i), b += __shfl_xor_sync(~0u, b, i);
+    c += __shfl_xor_sync(~0u, c, i), d += __shfl_xor_sync(~0u, d, i);
+  }
+  return (lane % 4 == 0 ? a : lane % 4 == 1 ? b : lane % 4 == 2 ? c : d) / l;
 }
 
 }  // namespace tinyllama::cuda::decode
