@@ -92,7 +92,6 @@ int main(int argc, char** argv) {
     const auto step = dev.batch(ids, batch);
     const auto qkv = work.qkv(), gate_up = work.gate_up();
     const tl::View<A, tl::dyn, tl::dyn> vq = tl::columns(qkv, 0, q), vk = tl::columns(qkv, q, q + kv), vv = tl::columns(qkv, q + kv, q + 2 * kv);
-    const tl::View<A, tl::dyn, tl::dyn> gate = tl::columns(gate_up, 0, c.ffn), up = tl::columns(gate_up, c.ffn, 2 * c.ffn);
 
     double total = 0;
     std::printf("\n%lld sequences, %lld new tokens each behind %lld: us of all layers, share of the step's sum, limit\n", static_cast<long long>(S), static_cast<long long>(k.tokens),
@@ -100,7 +99,7 @@ int main(int argc, char** argv) {
     const auto line = [&](const char* name, double s, double bytes, double flops) {
       total += s;
       const double memory = bytes / s / copied, products = flops / s / multiplied;
-      std::printf("  %-12s %9.1f us  %6.0f GB/s %6.1f TFLOP/s  %5.1f%% of %s\n", name, s * 1e6, bytes / s * 1e-9, flops / s * 1e-12, 100 * std::max(memory, products), memory > products ? "memory" : "products");
+      std::printf("  %-15s %9.1f us  %6.0f GB/s %6.1f TFLOP/s  %5.1f%% of %s\n", name, s * 1e6, bytes / s * 1e-9, flops / s * 1e-12, 100 * std::max(memory, products), memory > products ? "memory" : "products");
     };
     const auto each = [&](const char* name, double bytes, double flops, const std::function<void(int)>& f) {
       line(name, seconds(dev, [&] { for (int l = 0; l < c.layers; ++l) f(l); }, 2), bytes * static_cast<double>(L), flops * static_cast<double>(L));
@@ -112,7 +111,7 @@ int main(int argc, char** argv) {
       for (int i = 0; i < shape.parts; ++i) weights += static_cast<double>(tl::Cuda::packed_bytes(shape.part[static_cast<std::size_t>(i)].format, shape.part[static_cast<std::size_t>(i)].rows, shape.columns()));
       each(name, weights + t * (2 * m + out_bytes * n), 2 * t * n * m, f);
     };
-    const double t = static_cast<double>(T), h = static_cast<double>(c.hidden), f = static_cast<double>(c.ffn);
+    const double t = static_cast<double>(T), h = static_cast<double>(c.hidden);
     product("qkv", layer(0).qkv, 2, [&](int l) { tl::matmul(dev, qkv, work.normed(), layer(l).qkv); });
     each("rope, store", t * static_cast<double>(2 * q + 2 * q + 8 * kv), 0, [&](int l) { dev.rope_store_kv(vq, vk, vv, work.cos(), work.sin(), w.rope, w.cache, l, step); });
     double positions = 0;
@@ -123,8 +122,7 @@ int main(int argc, char** argv) {
       dev.rmsnorm(work.normed(), work.x(), layer(l).ffn_norm, c.norm_eps);
       dev.rmsnorm(work.normed(), work.projected(), layer(l).attn_norm, c.norm_eps);
     });
-    product("gate, up", layer(0).gate_up, 2, [&](int l) { tl::matmul(dev, gate_up, work.normed(), layer(l).gate_up); });
-    each("swiglu", t * f * 6, 0, [&](int) { tl::swiglu(dev, work.gated(), gate, up); });
+    product("gate, up, gated", layer(0).gate_up, 1, [&](int l) { dev.matmul_swiglu(work.gated(), gate_up, work.normed(), layer(l).gate_up); });
     product("down", layer(0).down, 8, [&](int l) { dev.matmul_add(work.projected(), work.gated(), layer(l).down, work.x()); });
     {
       const double v = static_cast<double>(c.vocab), s = static_cast<double>(S);
@@ -133,6 +131,6 @@ int main(int argc, char** argv) {
     const tl::Memory<tl::Cuda> chosen(dev, static_cast<std::size_t>(S) * 4);
     line("argmax", seconds(dev, [&] { dev.argmax(reinterpret_cast<std::int32_t*>(chosen.data()), work.logits()); }, 4), static_cast<double>(S * c.vocab) * 4, 0);
     const double whole = seconds(dev, [&] { tl::forward(w, std::span<const std::int32_t>(ids), std::span<const tl::Sequence>(batch), work, tl::Logits::last); }, 3);
-    std::printf("  %-12s %9.1f us;  whole step %.1f us, %.0f tokens/s\n", "sum", total * 1e6, whole * 1e6, t / whole);
+    std::printf("  %-15s %9.1f us;  whole step %.1f us, %.0f tokens/s\n", "sum", total * 1e6, whole * 1e6, t / whole);
   }
 }

@@ -382,6 +382,44 @@ TEST_CASE_TEMPLATE("cuda: matmul of several matrices, and of odd rows", A, float
   dev.matmul(View<float, dyn, dyn>(nullptr, {0, 20}), View<const A, dyn, dyn>(nullptr, {0, 32}), w.linear);
 }
 
+TEST_CASE_TEMPLATE("cuda: products that are gated on their way", A, float, bf16) {
+  if (no_card()) return;
+  using D = CudaDevice<A>;
+  D dev;
+  struct Shape { index_t m, n, k; };
+  for (const Format f : {Format::bf16, Format::q8_0})
+    for (const auto& [m, n, k] : {Shape{5, 64, 96}, Shape{511, 88, 64}, Shape{512, 88, 64}, Shape{600, 264, 160}, Shape{1030, 136, 96}, Shape{2048, 1024, 32}, Shape{520, 60, 96}}) {
+      CAPTURE(std::string(name(f)));
+      CAPTURE(m);
+      CAPTURE(n);
+      const WeightsOnCard<D> w(dev, {{f, n}, {f, n}}, k, Compute::f32);
+      Random random(static_cast<std::uint64_t>(m));
+      const auto x = numbers<A>(random, m * k);
+      std::vector<float> expected(static_cast<std::size_t>(m * n));
+      std::vector<double> bound(expected.size());
+      // On the way the factors are rounded to A unless one kernel does both, and weights of another format to A where there are many rows.
+      const bool whole = std::is_same_v<A, bf16> && f == Format::bf16 && dev.capability() == 90 && m >= 512 && n % 8 == 0;
+      for (index_t j = 0; j < n; ++j) {
+        const auto gate = w.parts[0].row(j), up = w.parts[1].row(j);
+        for (index_t i = 0; i < m; ++i) {
+          double g = 0, u = 0, size_g = 0, size_u = 0;
+          for (index_t a = 0; a < k; ++a) {
+            const double v = x[static_cast<std::size_t>(i * k + a)];
+            g += gate[static_cast<std::size_t>(a)] * v, u += up[static_cast<std::size_t>(a)] * v;
+            size_g += std::fabs(gate[static_cast<std::size_t>(a)] * v), size_u += std::fabs(up[static_cast<std::size_t>(a)] * v);
+          }
+          const auto at = static_cast<std::size_t>(i * n + j);
+          const double silu = g / (1 + std::exp(-g)), inner = whole ? 0 : rounding<A>, weights = f == Format::q8_0 && std::is_same_v<A, bf16> ? 0x1p-8 : 2 * sum_bound;
+          expected[at] = static_cast<float>(silu * u);
+          bound[at] = 1.2 * (inner * std::fabs(g) + weights * size_g) * std::fabs(u) + (inner * std::fabs(u) + weights * size_u) * std::fabs(silu) + (rounding<A> + 1e-6) * std::fabs(silu * u) + 1e-12;
+        }
+      }
+      const OnCard<D, A> xs(dev, x, m, k, k + 8), out(dev, m, n, n + 8), scratch(dev, m, 2 * n);
+      dev.matmul_swiglu(out.view(), scratch.view(), xs.view(), w.linear);
+      check_close(out.get(), expected, [&](index_t i) { return bound[static_cast<std::size_t>(i)]; });
+    }
+}
+
 TEST_CASE_TEMPLATE("cuda: attention over pages, and its probabilities", A, float, bf16) {
   if (no_card()) return;
   using D = CudaDevice<A>;

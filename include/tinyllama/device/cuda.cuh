@@ -157,6 +157,8 @@ class CudaDevice {
     requires(!std::is_same_v<A, float>);
   /// y = x W^T + residual, which is another array of y's shape: the library adds on its way.
   void matmul_add(View<float, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w, View<const float, dyn, dyn> residual);
+  /// out = silu(x W_gate^T) (x W_up^T), w's two parts; gate_up [T, 2 ffn] is scratch.
+  void matmul_swiglu(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_up, View<const A, dyn, dyn> x, const Linear& w);
 
   // ---- beside the concept
 
@@ -199,6 +201,7 @@ class CudaDevice {
   void sample(std::int32_t* ids, View<const float, dyn, dyn> x, std::span<const Draw> how);
 
  private:
+  bool hopper();  // whether the program has code of Hopper's own for this card
   static int checked(int card) {
     const int n = cuda::card_count();
     if (card < 0 || card >= n) throw Error("CUDA", "card", n ? "0.." + std::to_string(n - 1) : "a card that the driver finds", n ? std::to_string(card) : "none");
@@ -239,6 +242,7 @@ class CudaDevice {
   cuda::BlasPlans blas_;
   std::string name_;
   int multiprocessors_ = 0, capability_ = 0;
+  int hopper_ = -1;  // not known yet
   std::byte* scratch_ = nullptr;
   std::size_t scratch_bytes_ = 0;
   cuda::Upload batch_upload_, draws_;

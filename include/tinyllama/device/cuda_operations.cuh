@@ -6,6 +6,7 @@
 #include "tinyllama/kernels/cuda/attention_launch.cuh"
 #include "tinyllama/kernels/cuda/attention_scores.cuh"
 #include "tinyllama/kernels/cuda/embedding.cuh"
+#include "tinyllama/kernels/cuda/gated_matmul.cuh"
 #include "tinyllama/kernels/cuda/matmul.cuh"
 #include "tinyllama/kernels/cuda/rmsnorm.cuh"
 #include "tinyllama/kernels/cuda/rope.cuh"
@@ -14,6 +15,15 @@
 #include "tinyllama/kernels/cuda/swiglu.cuh"
 
 namespace tinyllama {
+
+template <class A>
+bool CudaDevice<A>::hopper() {
+  if (hopper_ < 0) {
+    const cuda::Current here(card_);
+    hopper_ = capability_ == 90 && cuda::hopper::compiled();
+  }
+  return hopper_;
+}
 
 template <class A>
 typename CudaDevice<A>::Batch CudaDevice<A>::batch(std::span<const std::int32_t> ids, std::span<const Sequence> sequences) {
@@ -151,7 +161,7 @@ void CudaDevice<A>::rope_store_kv(View<A, dyn, dyn> q, View<const A, dyn, dyn> k
 template <class A>
 void CudaDevice<A>::plan_attention(const CacheShape& shape, index_t group, const Batch& b) {
   if (std::exchange(planned_, true)) return;
-  const bool tensor_cores = by_tensor_cores(shape), wgmma = tensor_cores && capability_ == 90 && shape.format != Format::q8_0;
+  const bool tensor_cores = by_tensor_cores(shape), wgmma = tensor_cores && hopper() && shape.format != Format::q8_0;
   const auto many = [&](const Sequence& s) { return wgmma && s.tokens * group >= flash_rows; };
   index_t rows = 0;
   for (const Sequence& s : b.host_sequences)
@@ -266,6 +276,22 @@ template <class A>
 void CudaDevice<A>::matmul_add(View<float, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w, View<const float, dyn, dyn> residual) {
   if (residual.stride(0) != y.stride(0)) throw Error("matmul_add", "residual", "rows at the distance of y's, " + std::to_string(y.stride(0)), std::to_string(residual.stride(0)));
   product(y, x, w, residual.data());
+}
+
+template <class A>
+void CudaDevice<A>::matmul_swiglu(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_up, View<const A, dyn, dyn> x, const Linear& w) {
+  if constexpr (std::is_same_v<A, bf16>) {
+    const Matrix &gate = w.part[0], &up = w.part[1];
+    if (hopper() && w.parts == 2 && gate.format == Format::bf16 && up.format == Format::bf16 && gate.packed && up.packed && gate.rows == up.rows) {
+      const cuda::Current here(card_);
+      const auto at = [](const Matrix& m) { return reinterpret_cast<const bf16*>(m.data); };
+      if (cuda::gated_matmul(stream(), {x.data(), at(gate), at(up), x.stride(0), cuda::packed_row_bytes(Format::bf16, w.columns()) / 2, out.data(), out.stride(0), static_cast<int>(x.extent(0)),
+                                        static_cast<int>(gate.rows), static_cast<int>(w.columns())}, multiprocessors_)) return;
+    }
+  }
+  product(gate_up, x, w);
+  const index_t ffn = out.extent(1);
+  swiglu(out, columns(gate_up, 0, ffn), columns(gate_up, ffn, 2 * ffn));
 }
 
 template <class A>

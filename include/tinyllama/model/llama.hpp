@@ -46,7 +46,7 @@ void forward(const Weights<C, D>& w, const Ids& ids, std::span<const Sequence> b
 
   const View<float, dyn, X::hidden> x = work.x(), y = work.projected();  // [T, hidden]
   const View<A, dyn, X::hidden> n = work.normed();
-  const BlockActivations<C, A> a{x, n, work.qkv(), work.attended(), y, n, work.gate_up(), work.gated(), x};
+  const BlockActivations<C, A> a{x, n, work.qkv(), work.attended(), y, n, work.gate_up(), work.gated(), x, false};
   const RopeAngles angles{work.cos(), work.sin(), w.rope};
   const View<A, dyn, X::kv> k = columns(a.qkv, q_columns, q_columns + kv_columns);  // [T, kv_heads head_dim]
   const View<A, dyn, X::kv> v = columns(a.qkv, q_columns + kv_columns, q_columns + 2 * kv_columns);
