@@ -396,7 +396,7 @@ TEST_CASE_TEMPLATE("cuda: products that are gated on their way", A, float, bf16)
       Random random(static_cast<std::uint64_t>(m));
       const auto x = numbers<A>(random, m * k);
       std::vector<float> expected(static_cast<std::size_t>(m * n));
-      std::vector<double> bound(expected.size());
+      std::vector<double> bound(expected.size()), bound_of_kept(expected.size());
       // On the way the factors are rounded to A unless one kernel does both, and weights of another format to A where there are many rows.
       const bool whole = std::is_same_v<A, bf16> && f == Format::bf16 && dev.capability() == 90 && m >= 512 && n % 8 == 0;
       for (index_t j = 0; j < n; ++j) {
@@ -409,14 +409,23 @@ TEST_CASE_TEMPLATE("cuda: products that are gated on their way", A, float, bf16)
             size_g += std::fabs(gate[static_cast<std::size_t>(a)] * v), size_u += std::fabs(up[static_cast<std::size_t>(a)] * v);
           }
           const auto at = static_cast<std::size_t>(i * n + j);
-          const double silu = g / (1 + std::exp(-g)), inner = whole ? 0 : rounding<A>, weights = f == Format::q8_0 && std::is_same_v<A, bf16> ? 0x1p-8 : 2 * sum_bound;
+          const double silu = g / (1 + std::exp(-g)), weights = f == Format::q8_0 && std::is_same_v<A, bf16> ? 0x1p-8 : 2 * sum_bound;
           expected[at] = static_cast<float>(silu * u);
-          bound[at] = 1.2 * (inner * std::fabs(g) + weights * size_g) * std::fabs(u) + (inner * std::fabs(u) + weights * size_u) * std::fabs(silu) + (rounding<A> + 1e-6) * std::fabs(silu * u) + 1e-12;
+          const auto within = [&](double inner) {
+            return 1.2 * (inner * std::fabs(g) + weights * size_g) * std::fabs(u) + (inner * std::fabs(u) + weights * size_u) * std::fabs(silu) + (rounding<A> + 1e-6) * std::fabs(silu * u) + 1e-12;
+          };
+          bound[at] = within(whole ? 0 : rounding<A>), bound_of_kept[at] = within(rounding<A>);
         }
       }
-      const OnCard<D, A> xs(dev, x, m, k, k + 8), out(dev, m, n, n + 8), scratch(dev, m, 2 * n);
-      dev.matmul_swiglu(out.view(), scratch.view(), xs.view(), w.linear);
+      const OnCard<D, A> xs(dev, x, m, k, k + 8), out(dev, m, n, n + 8), factors(dev, m, 2 * n, 2 * n + 16), again(dev, m, n);
+      dev.matmul_swiglu(out.view(), factors.view(), xs.view(), w.linear);
       check_close(out.get(), expected, [&](index_t i) { return bound[static_cast<std::size_t>(i)]; });
+      // With the factors kept it is swiglu of them, to a step of A, and they are what the product gives.
+      dev.matmul_swiglu(out.view(), factors.view(), xs.view(), w.linear, true);
+      dev.swiglu(again.view(), columns(factors.view(), 0, n), columns(factors.view(), n, 2 * n));
+      const auto swiglu = again.get();
+      check_close(out.get(), swiglu, [&](index_t i) { return (2 * rounding<A> + 4 * eps) * std::fabs(swiglu[static_cast<std::size_t>(i)]); });
+      check_close(out.get(), expected, [&](index_t i) { return bound_of_kept[static_cast<std::size_t>(i)]; });
     }
 }
 

@@ -157,8 +157,8 @@ class CudaDevice {
     requires(!std::is_same_v<A, float>);
   /// y = x W^T + residual, which is another array of y's shape: the library adds on its way.
   void matmul_add(View<float, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w, View<const float, dyn, dyn> residual);
-  /// out = silu(x W_gate^T) (x W_up^T), w's two parts; gate_up [T, 2 ffn] is scratch.
-  void matmul_swiglu(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_up, View<const A, dyn, dyn> x, const Linear& w);
+  /// out = silu(x W_gate^T) (x W_up^T), w's two parts; gate_up [T, 2 ffn] has both factors if they are to be kept, else it is scratch.
+  void matmul_swiglu(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_up, View<const A, dyn, dyn> x, const Linear& w, bool keep = false);
 
   // ---- beside the concept
 

@@ -279,14 +279,14 @@ void CudaDevice<A>::matmul_add(View<float, dyn, dyn> y, View<const A, dyn, dyn> 
 }
 
 template <class A>
-void CudaDevice<A>::matmul_swiglu(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_up, View<const A, dyn, dyn> x, const Linear& w) {
+void CudaDevice<A>::matmul_swiglu(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_up, View<const A, dyn, dyn> x, const Linear& w, bool keep) {
   if constexpr (std::is_same_v<A, bf16>) {
     const Matrix &gate = w.part[0], &up = w.part[1];
     if (hopper() && w.parts == 2 && gate.format == Format::bf16 && up.format == Format::bf16 && gate.packed && up.packed && gate.rows == up.rows) {
       const cuda::Current here(card_);
       const auto at = [](const Matrix& m) { return reinterpret_cast<const bf16*>(m.data); };
       if (cuda::gated_matmul(stream(), {x.data(), at(gate), at(up), x.stride(0), cuda::packed_row_bytes(Format::bf16, w.columns()) / 2, out.data(), out.stride(0), static_cast<int>(x.extent(0)),
-                                        static_cast<int>(gate.rows), static_cast<int>(w.columns())}, multiprocessors_)) return;
+                                        static_cast<int>(gate.rows), static_cast<int>(w.columns()), keep ? gate_up.data() : nullptr, keep ? gate_up.stride(0) : 0}, multiprocessors_)) return;
     }
   }
   product(gate_up, x, w);

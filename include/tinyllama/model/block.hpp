@@ -53,9 +53,9 @@ namespace detail {
 /// Whether a product of D with weights W leaves the whole residual stream; else the norm that reads it adds the rest.
 template <class D, class W>
 concept AddsToResidual = requires(D& dev, View<float, dyn, dyn> y, View<typename D::activation, dyn, dyn> x, const W& w) { dev.matmul_add(y, x, w, y); };
-/// Whether D may gate on the way out of the product, where nobody asks for its two factors.
+/// Whether D may gate on the way out of the product.
 template <class D, class W>
-concept GatesProducts = requires(D& dev, View<typename D::activation, dyn, dyn> x, const W& w) { dev.matmul_swiglu(x, x, x, w); };
+concept GatesProducts = requires(D& dev, View<typename D::activation, dyn, dyn> x, const W& w) { dev.matmul_swiglu(x, x, x, w, true); };
 
 /// Queries and keys of qkv, which lie side by side, turned by the angles (backward: by their opposites).
 template <Config C, Device D, class V>
@@ -82,14 +82,12 @@ void block_forward(D& dev, const C& c, const Layer<W>& w, const BlockActivations
     matmul(dev, a.mid, a.attended, w.o);
     dev.add_rmsnorm(a.ffn_normed, a.mid, a.x, w.ffn_norm, c.norm_eps);
   }
-  const auto gate = [&] {
-    if constexpr (detail::GatesProducts<D, W>) {
-      if (!a.keeps_gate_up) return dev.matmul_swiglu(a.gated, a.gate_up, a.ffn_normed, w.gate_up);
-    }
+  if constexpr (detail::GatesProducts<D, W>) {
+    dev.matmul_swiglu(a.gated, a.gate_up, a.ffn_normed, w.gate_up, a.keeps_gate_up);
+  } else {
     matmul(dev, a.gate_up, a.ffn_normed, w.gate_up);
     swiglu(dev, a.gated, a.gate(), a.up());
-  };
-  gate();
+  }
   if (!output) return;
   if constexpr (detail::AddsToResidual<D, W>) dev.matmul_add(a.out, a.gated, w.down, a.mid);
   else matmul(dev, a.out, a.gated, w.down);

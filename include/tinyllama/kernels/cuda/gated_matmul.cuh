@@ -20,6 +20,8 @@ struct GatedTask {
   bf16* out;                  // [m, n]
   index_t ld_out;
   int m, n, k;
+  bf16* kept = nullptr;       // [m, 2 n]: both factors, of whose rounded values out is then made
+  index_t ld_kept = 0;
 };
 
 namespace gated {
@@ -28,8 +30,8 @@ inline constexpr int rows = 128, depth = 64, threads = 384;
 
 struct Launch {
   CUtensorMap x, gate, up;
-  bf16* out;
-  index_t ld_out;
+  bf16 *out, *kept;
+  index_t ld_out, ld_kept;
   int m, n, k, pairs, columns;  // tiles: pairs of blocks along m, columns along n
 };
 
@@ -39,13 +41,12 @@ struct Shape {
   static constexpr int memory = stages * stage + 1024 + 16 * stages;  // 1024: swizzled tiles begin at multiples of it
 };
 
-/// silu(g) u of two neighbours, as two bf16.
-__device__ __forceinline__ std::uint32_t gate2(float g0, float u0, float g1, float u1) {
-  const float a = __fdividef(g0, 1.0f + __expf(-g0)) * u0, b = __fdividef(g1, 1.0f + __expf(-g1)) * u1;
+__device__ __forceinline__ std::uint32_t rounded2(float a, float b) {
   std::uint32_t r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
   return r;
 }
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 /// Among four neighbouring lanes: word j of lane i becomes word i of lane j.
 __device__ __forceinline__ void transpose4(std::uint32_t (&w)[4], int lane) {
   const bool odd = lane & 1, high = lane & 2;
@@ -65,7 +66,7 @@ __device__ __forceinline__ int2 pair_and_column(const Launch& t, int i) {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-template <int N>
+template <int N, bool Keep>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(threads, 1) kernel(const __grid_constant__ Launch t) {
   using namespace hopper;
   using S = Shape<N>;
@@ -129,18 +130,29 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(threads, 1) kernel(c
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = (2 * at.x + rank) * rows + band + thread / 32 * 16 + lane / 4 + 8 * h;
-        bf16* const to = t.out + row * t.ld_out + at.y * half;
 #pragma unroll
         for (int j = 0; j < octets; j += 4) {
-          std::uint32_t w[4] = {};
+          std::uint32_t w[4] = {}, gate[4] = {}, up[4] = {};
 #pragma unroll
           for (int i = 0; i < 4 && j + i < octets; ++i) {
             const int g = 4 * (j + i) + 2 * h, u = g + 4 * octets;
-            w[i] = gate2(sum[g], sum[u], sum[g + 1], sum[u + 1]);
+            float a = sum[g], b = sum[g + 1], c = sum[u], d = sum[u + 1];
+            if constexpr (Keep) {
+              gate[i] = rounded2(a, b), up[i] = rounded2(c, d);
+              a = __uint_as_float(gate[i] << 16), b = __uint_as_float(gate[i] & 0xffff0000), c = __uint_as_float(up[i] << 16), d = __uint_as_float(up[i] & 0xffff0000);
+            }
+            w[i] = rounded2(silu(a) * c, silu(b) * d);
           }
-          transpose4(w, lane % 4);
-          const int column = 8 * (j + lane % 4);
-          if (row < t.m && column < half && at.y * half + column < t.n) *reinterpret_cast<uint4*>(to + column) = make_uint4(w[0], w[1], w[2], w[3]);
+          const int own = 8 * (j + lane % 4), column = at.y * half + own;
+          const auto store = [&](std::uint32_t(&words)[4], bf16* to) {
+            transpose4(words, lane % 4);
+            if (row < t.m && own < half && column < t.n) *reinterpret_cast<uint4*>(to + column) = make_uint4(words[0], words[1], words[2], words[3]);
+          };
+          store(w, t.out + row * t.ld_out);
+          if constexpr (Keep) {
+            store(gate, t.kept + row * t.ld_kept);
+            store(up, t.kept + row * t.ld_kept + t.n);
+          }
         }
       }
     }
@@ -149,7 +161,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(threads, 1) kernel(c
 }
 
 #else
-template <int N>
+template <int N, bool Keep>
 __global__ void kernel(const __grid_constant__ Launch) { __trap(); }  // see hopper::compiled
 #endif
 
@@ -177,12 +189,12 @@ index_t cost(const GatedTask& t, int multiprocessors) {
   return ceil_div(ceil_div(t.m, 2 * rows) * ceil_div(t.n, N / 2), multiprocessors / 2) * (N + 16);
 }
 
-template <int N>
+template <int N, bool Keep>
 void launch(cudaStream_t stream, const GatedTask& t, int multiprocessors) {
-  check(cudaFuncSetAttribute(kernel<N>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape<N>::memory), "cudaFuncSetAttribute", "gated_matmul");
-  const Launch l{tensor_map(t.x, t.m, t.k, t.ldx, rows), tensor_map(t.gate, t.n, t.k, t.ldw, N / 2), tensor_map(t.up, t.n, t.k, t.ldw, N / 2), t.out, t.ld_out, t.m, t.n, t.k,
+  check(cudaFuncSetAttribute(kernel<N, Keep>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape<N>::memory), "cudaFuncSetAttribute", "gated_matmul");
+  const Launch l{tensor_map(t.x, t.m, t.k, t.ldx, rows), tensor_map(t.gate, t.n, t.k, t.ldw, N / 2), tensor_map(t.up, t.n, t.k, t.ldw, N / 2), t.out, t.kept, t.ld_out, t.ld_kept, t.m, t.n, t.k,
                  static_cast<int>(ceil_div(t.m, 2 * rows)), static_cast<int>(ceil_div(t.n, N / 2))};
-  kernel<N><<<static_cast<unsigned>(multiprocessors / 2 * 2), threads, Shape<N>::memory, stream>>>(l);
+  kernel<N, Keep><<<static_cast<unsigned>(multiprocessors / 2 * 2), threads, Shape<N>::memory, stream>>>(l);
   launched("gated_matmul");
 }
 
@@ -191,9 +203,10 @@ void launch(cudaStream_t stream, const GatedTask& t, int multiprocessors) {
 /// For compute capability 9.0 (hopper::compiled). False where it is not for the shape: below 512 rows the product and swiglu apart are faster.
 inline bool gated_matmul(cudaStream_t stream, const GatedTask& t, int multiprocessors) {
   const auto odd = [](const void* p, index_t ld) { return reinterpret_cast<std::uintptr_t>(p) % 16 != 0 || ld % 8 != 0; };
-  if (t.m < 512 || t.n % 8 != 0 || odd(t.x, t.ldx) || odd(t.gate, t.ldw) || odd(t.up, t.ldw) || odd(t.out, t.ld_out)) return false;
-  if (gated::cost<256>(t, multiprocessors) <= gated::cost<176>(t, multiprocessors)) gated::launch<256>(stream, t, multiprocessors);
-  else gated::launch<176>(stream, t, multiprocessors);
+  if (t.m < 512 || t.n % 8 != 0 || odd(t.x, t.ldx) || odd(t.gate, t.ldw) || odd(t.up, t.ldw) || odd(t.out, t.ld_out) || odd(t.kept, t.ld_kept)) return false;
+  if (t.kept) gated::launch<256, true>(stream, t, multiprocessors);
+  else if (gated::cost<256>(t, multiprocessors) <= gated::cost<176>(t, multiprocessors)) gated::launch<256, false>(stream, t, multiprocessors);
+  else gated::launch<176, false>(stream, t, multiprocessors);
   return true;
 }
 
