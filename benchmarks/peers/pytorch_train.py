@@ -128,7 +128,8 @@ class Llama(nn.Module):
     def logits(self, inputs):
         x = self.model.embed_tokens(inputs)
         # Under autocast the rotation runs in what the projections give, as in Hugging Face's model run in bf16: half the bytes.
-        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        where = x.device.type
+        kind = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else x.dtype
         cos, sin = self.cos[:inputs.shape[1]].to(kind), self.sin[:inputs.shape[1]].to(kind)
         for layer in self.model.layers:
             x = layer(x, cos, sin)
@@ -147,7 +148,7 @@ class Llama(nn.Module):
         return self
 
     def arrays(self):
-        return {name: p.detach().float().numpy() for name, p in self.named_parameters()}
+        return {name: p.detach().float().cpu().numpy() for name, p in self.named_parameters()}
 
 
 def load(folder, double=False):
@@ -184,7 +185,7 @@ class Run:
 
     def gradient(self, inputs, targets):
         self.optimizer.zero_grad()
-        autocast = torch.autocast("cpu", torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
+        autocast = torch.autocast(inputs.device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
         with autocast:
             loss = self.forward(inputs, targets)
         loss.backward()
@@ -218,6 +219,7 @@ def parse():
     p.add_argument("--decay", choices=("matrices", "all"), default="matrices")
     p.add_argument("--clip", type=float, default=1.0)
     p.add_argument("--precision", choices=("f32", "bf16", "f64"), default="bf16")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--threads", type=int, default=0)
     p.add_argument("--compile", action="store_true", help="through torch.compile")
     p.add_argument("--gradients", help="safetensors file for the first step's gradients, not clipped")
@@ -238,12 +240,13 @@ def main():
         batches = [(b[:, :-1].contiguous(), b[:, 1:].contiguous()) for b in ids]
     else:
         batches = [tuple(torch.from_numpy(np.load(f).astype(np.int64)) for f in (o.inputs, o.targets))]
+    batches = [tuple(t.to(o.device) for t in b) for b in batches]
     steps = o.steps or len(batches)
     rate = lambda n: o.lr
     if o.schedule:
         warmup, end, minimum = o.schedule.split(",")
         rate = cosine(o.lr, int(warmup), int(end), float(minimum))
-    model = load(o.model, o.precision == "f64")
+    model = load(o.model, o.precision == "f64").to(o.device)
     run = Run(model, rate, [float(b) for b in o.betas.split(",")], o.eps, o.weight_decay, o.decay, o.clip, o.precision, o.compile)
 
     losses, norms, seconds = [], [], []
@@ -251,7 +254,7 @@ def main():
         start = time.perf_counter()
         losses.append(run.gradient(*batches[i % len(batches)]))
         if i == 0 and o.gradients:
-            write_safetensors(o.gradients, {n: p.grad.float().numpy() for n, p in model.named_parameters()})
+            write_safetensors(o.gradients, {n: p.grad.float().cpu().numpy() for n, p in model.named_parameters()})
         norms.append(run.update())
         seconds.append(time.perf_counter() - start)
         if not o.json:
@@ -265,7 +268,8 @@ def main():
     rate = batches[0][0].numel() * len(timed) / sum(timed)
     if o.json:
         print(json.dumps({"losses": losses, "gradient_norms": norms, "tokens_per_second": rate, "step_seconds": seconds, "precision": o.precision,
-                          "compiled": o.compile, "threads": torch.get_num_threads(), "torch": torch.__version__}))
+                          "compiled": o.compile, "device": o.device, "gib": torch.cuda.max_memory_allocated() / 2**30 if o.device == "cuda" else None,
+                          "threads": torch.get_num_threads(), "torch": torch.__version__}))
     else:
         print(f"{rate:.1f} tokens/s")
 
