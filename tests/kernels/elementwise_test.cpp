@@ -205,31 +205,42 @@ TEST_CASE("quantise_columns: within half a step, which is the loudest column's o
       auto x = random.vector(n);
       for (index_t i = 0; i < n; ++i) {
         float& v = x[static_cast<std::size_t>(i)];
-        if (i / 32 % 8 == 1) v *= 1e-3f;
-        if (i / 32 % 8 == 3) v = i % 2 ? 3.0f : -3.0f;  // a power of two below the next, to the last bit
-        if (i / 32 % 8 == 4) v = i % 2 ? 6.0f : -6.0f;
-        if (i / 32 % 8 == 5) v = 0.0f;
-        if (i / 32 % 8 == 6) v *= 1e-9f;
+        if (i / 16 % 16 == 1) v *= 1e-3f;
+        if (i / 16 % 16 == 6) v = i % 2 ? 3.0f : -3.0f;  // a power of two below the next, to the last bit
+        if (i / 16 % 16 == 7) v = i % 2 ? 6.0f : -6.0f;
+        if (i / 16 % 16 == 10) v = 0.0f;
+        if (i / 16 % 16 == 13) v *= 1e-9f;
         if (i / 256 == 3) v = 0.0f;
         if (i / 256 == 4) v *= 1e-38f;  // 127 / max would overflow
+        if (i / 256 == 5) v = 2.0f;     // sums as large as they can be
       }
       constexpr index_t stride = 3;
-      const Int8Columns untouched{{77}, {77}, {77}, canary};
+      const Int8Columns untouched{{77}, {{7}}, {{77}}, {77}, {77}, canary};
       std::vector<Int8Columns> expected(static_cast<std::size_t>((n + 255) / 256 * stride), untouched), got = expected;
       reference::quantise_columns(expected.data(), stride, x.data(), n);
       kernels.quantise_columns(got.data(), stride, x.data(), n);
-      REQUIRE(std::memcmp(got.data(), expected.data(), got.size() * sizeof(Int8Columns)) == 0);
+      for (std::size_t c = 0; c < got.size(); ++c) {
+        const Int8Columns &a = got[c], &b = expected[c];
+        REQUIRE(std::memcmp(a.codes, b.codes, sizeof a.codes) == 0);
+        REQUIRE(std::memcmp(a.shift, b.shift, sizeof a.shift) == 0);
+        REQUIRE(std::memcmp(a.sum16, b.sum16, sizeof a.sum16) == 0);
+        REQUIRE(std::memcmp(a.sum32, b.sum32, sizeof a.sum32) == 0);
+        REQUIRE(std::memcmp(a.sum, b.sum, sizeof a.sum) == 0);
+        REQUIRE(a.scale == b.scale);
+      }
       for (index_t i = 0; i < n; ++i) {
         const Int8Columns& c = got[static_cast<std::size_t>(i / 256 * stride)];
-        const index_t g = i % 256 / 32, from = i / 32 * 32, chunk = i / 256 * 256;
+        const index_t g = i % 256 / 32, h = i % 32 / 16, from = i / 16 * 16, chunk = i / 256 * 256;
         float own = 0, all = 0;
         int sum = 0;
         for (index_t j = chunk; j < std::min(n, chunk + 256); ++j) all = std::max(all, std::fabs(x[static_cast<std::size_t>(j)]));
-        for (index_t j = from; j < from + 32; ++j) own = std::max(own, std::fabs(x[static_cast<std::size_t>(j)])), sum += c.codes[j % 256];
-        const double step = c.scale * std::ldexp(1.0, c.shift[g]);
-        REQUIRE(c.shift[g] >= 0);
-        REQUIRE(c.shift[g] <= int8_shifts);
-        REQUIRE(c.correction[g] == -128 * sum);
+        for (index_t j = from; j < from + 16; ++j) own = std::max(own, std::fabs(x[static_cast<std::size_t>(j)])), sum += c.codes[j % 256];
+        const double step = std::ldexp(c.scale, -c.shift[h][g]);
+        REQUIRE(c.shift[h][g] >= 0);
+        REQUIRE(c.shift[h][g] <= int8_shifts);
+        REQUIRE(c.sum16[h][g] == sum);
+        REQUIRE(std::ldexp(c.sum32[g], -int8_shifts) == std::ldexp(c.sum16[0][g], -c.shift[0][g]) + std::ldexp(c.sum16[1][g], -c.shift[1][g]));
+        REQUIRE(std::fabs(c.sum[g] / 8.0 - std::ldexp(c.sum32[g], -int8_shifts)) <= 1.0 / 16);
         REQUIRE(std::fabs(step * c.codes[i % 256] - x[static_cast<std::size_t>(i)]) <= std::max(0.5001 * step, 4e-37));
         REQUIRE(step <= 1.0001 * std::max(2.0f * own, all / 512) / 127 + 1e-40);  // the price of powers of two: a factor of 2 at most
       }

@@ -8,12 +8,14 @@ namespace tinyllama {
 
 /// Columns of a row of X that share a scale where many rows are multiplied in integers.
 inline constexpr index_t int8_columns = 256;
-/// They: x = scale 2^shift code, with a shift for each 32 columns, which lets the scale of a quiet 32 be up to 512 times smaller than that of the loudest.
-/// So sums of shifted products with codes of 8 bits fit into 32: 8 x 32 x 128 x 127 x 512 < 2^31.
-struct Int8Columns {
+/// They: x = scale 2^-shift code, with a shift for each 16 columns, up to int8_shifts. Columns past the end of the row are 0.
+/// What belongs to 16 columns is kept as [2][8]: of the first half of each 32 columns, then of the second.
+struct alignas(64) Int8Columns {
   std::int8_t codes[int8_columns];
-  std::int32_t shift[int8_columns / 32];
-  std::int32_t correction[int8_columns / 32];  // -128 times the sum of 32 codes: what the 128 that is added to codes of W adds to a product
+  std::int8_t shift[2][int8_columns / 32];
+  std::int16_t sum16[2][int8_columns / 32];  // of 16 codes
+  std::int32_t sum32[int8_columns / 32];     // of 32, in the unit 2^-int8_shifts
+  std::int16_t sum[int8_columns / 32];       // the same in eighths, rounded
   float scale;
 };
 inline constexpr int int8_shifts = 9;

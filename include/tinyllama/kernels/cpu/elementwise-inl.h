@@ -191,31 +191,40 @@ void quantise_columns(Int8Columns* to, index_t stride, const float* x, index_t n
   const DI di;
   const hn::Rebind<std::int8_t, DI> d8;
   for (index_t c = 0; c < n; c += int8_columns, to += stride) {
-    const index_t groups = (n - c < int8_columns ? n - c : int8_columns) / 32;
+    const index_t halves = (n - c < int8_columns ? n - c : int8_columns) / 16;
     // Magnitudes compared as integers, as above. As integers, too, two of them differ by 2^23 for each time that one can be doubled without exceeding the other.
-    std::int32_t own[int8_columns / 32], most = 0;
-    for (index_t g = 0; g < groups; ++g) {
+    std::int32_t own[int8_columns / 16], most = 0;
+    for (index_t h = 0; h < halves; ++h) {
       VI m = hn::Zero(di);
-      for (index_t i = 0; i < 32; i += lanes) m = hn::Max(m, hn::BitCast(di, hn::Abs(hn::LoadU(d, x + c + 32 * g + i))));
-      own[g] = hn::GetLane(hn::MaxOfLanes(di, m));
-      most = own[g] > most ? own[g] : most;
+      for (index_t i = 0; i < 16; i += lanes) m = hn::Max(m, hn::BitCast(di, hn::Abs(hn::LoadU(d, x + c + 16 * h + i))));
+      own[h] = hn::GetLane(hn::MaxOfLanes(di, m));
+      most = own[h] > most ? own[h] : most;
     }
     float max;
     std::memcpy(&max, &most, sizeof max);
     const float inverse = quantise_inverse(max);
-    to->scale = max / 127.0f * (1.0f / (1 << int8_shifts));
-    for (index_t g = 0; g < groups; ++g) {
-      const std::int32_t doubled = (most - own[g]) >> 23, halved = doubled < int8_shifts ? doubled : int8_shifts;
-      const V by = hn::Set(d, inverse * static_cast<float>(1 << halved));
-      VI sum = hn::Zero(di);
-      for (index_t i = 32 * g; i < 32 * g + 32; i += lanes) {
+    if (halves < int8_columns / 16) *to = {};
+    to->scale = max / 127.0f;
+    std::int32_t shift[int8_columns / 16], sum[int8_columns / 16];
+    for (index_t h = 0; h < halves; ++h) {
+      const std::int32_t doubled = (most - own[h]) >> 23;
+      shift[h] = doubled < int8_shifts ? doubled : int8_shifts;
+      const V by = hn::Set(d, inverse * static_cast<float>(1 << shift[h]));
+      VI sums = hn::Zero(di);
+      for (index_t i = 16 * h; i < 16 * h + 16; i += lanes) {
         const V code = hn::Mul(hn::LoadU(d, x + c + i), by);
         const VI r = hn::NearestInt(hn::IfThenElseZero(hn::Eq(code, code), code));
         hn::StoreU(hn::DemoteTo(d8, r), d8, to->codes + i);
-        sum = hn::Add(sum, r);
+        sums = hn::Add(sums, r);
       }
-      to->shift[g] = int8_shifts - halved;
-      to->correction[g] = -128 * hn::GetLane(hn::SumOfLanes(di, sum));
+      sum[h] = hn::GetLane(hn::SumOfLanes(di, sums));
+      to->shift[h % 2][h / 2] = static_cast<std::int8_t>(shift[h]);
+      to->sum16[h % 2][h / 2] = static_cast<std::int16_t>(sum[h]);
+    }
+    for (index_t g = 0; g < halves / 2; ++g) {
+      const std::int32_t all = sum[2 * g] * (1 << (int8_shifts - shift[2 * g])) + sum[2 * g + 1] * (1 << (int8_shifts - shift[2 * g + 1]));
+      to->sum32[g] = all;
+      to->sum[g] = static_cast<std::int16_t>((all + (1 << (int8_shifts - 4))) >> (int8_shifts - 3));
     }
   }
 }

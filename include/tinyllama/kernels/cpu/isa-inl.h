@@ -117,6 +117,20 @@ HWY_INLINE VI Dot4(VI acc, VU u8, VU s8) {
 #endif
 }
 
+/// acc[lane] += sum of the lane's two products of 16 bits.
+HWY_INLINE VI Dot2(VI acc, VI a, VI b) {
+#if TINYLLAMA_BF16_VNNI
+  return VI{_mm512_dpwssd_epi32(acc.raw, a.raw, b.raw)};
+#elif HWY_ARCH_X86 && HWY_TARGET <= HWY_SSSE3
+  const hn::Repartition<std::int16_t, D> d16;
+  VI unused = hn::Zero(DI());
+  return hn::ReorderWidenMulAccumulate(DI(), hn::BitCast(d16, a), hn::BitCast(d16, b), acc, unused);
+#else
+  acc = hn::Add(acc, hn::Mul(hn::ShiftRight<16>(a), hn::ShiftRight<16>(b)));
+  return hn::Add(acc, hn::Mul(hn::ShiftRight<16>(hn::ShiftLeft<16>(a)), hn::ShiftRight<16>(hn::ShiftLeft<16>(b))));
+#endif
+}
+
 }  // namespace
 }  // namespace TINYLLAMA_ISA
 }  // namespace tinyllama
