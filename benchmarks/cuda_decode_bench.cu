@@ -60,8 +60,11 @@ __global__ void random_tiles(std::byte* w, int rows, int k, std::uint64_t seed, 
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
       const float v = uniform(base + i) * deviation * 1.7320508f;
       if constexpr (F == Format::f32) reinterpret_cast<float*>(to)[i] = v;
+      else if constexpr (F == Format::f8_e4m3) reinterpret_cast<e4m3*>(to)[i] = cuda::from_float<e4m3>(v * (e4m3::most / (deviation * 1.7320508f)));
       else reinterpret_cast<Block<F>*>(to)[i] = cuda::detail::from_float<Block<F>>(v);
     }
+    if constexpr (F == Format::f8_e4m3)
+      if (tile == tiles - 1 && threadIdx.x == 0) *reinterpret_cast<float*>(w + (row + 1) * packed_row_bytes(F, k) - row_end_bytes(F)) = deviation * 1.7320508f / e4m3::most;
   } else {
     const int nb = n / 32;
     for (int i = threadIdx.x; i < tile_bytes(F, n) / 4; i += blockDim.x) reinterpret_cast<std::uint32_t*>(to)[i] = hash(base + i);
@@ -326,7 +329,7 @@ double relative_error(const std::vector<float>& a, const std::vector<float>& b) 
 
 int main(int argc, char** argv) {
   std::vector<std::string> names(argv + 1, argv + argc);
-  if (names.empty()) names = {"bf16", "f16", "q8_0", "q4_0", "q4_K", "q5_K", "q6_K"};
+  if (names.empty()) names = {"bf16", "f16", "f8_e4m3", "q8_0", "q4_0", "q4_K", "q5_K", "q6_K"};
   constexpr int HD = 64, max_positions = 2304;
   cudaDeviceProp card;
   CHECK(cudaGetDeviceProperties(&card, 0));
@@ -339,7 +342,7 @@ int main(int argc, char** argv) {
     const bool mixed = text == "q4_K_M";
     const Format f = mixed ? Format::q4_K : parse_format(text);
     weight_bytes = 0;
-    DecodeModel m{22, 2048, 32, 4, HD, 5632, 32000, 1e-5f, text == "q4_0" ? RopeLayout::interleaved : RopeLayout::half, is_quantised(f) ? Format::f16 : f, {}, {}, nullptr, nullptr, nullptr};
+    DecodeModel m{22, 2048, 32, 4, HD, 5632, 32000, 1e-5f, text == "q4_0" ? RopeLayout::interleaved : RopeLayout::half, is_quantised(f) || f == Format::f8_e4m3 ? Format::f16 : f, {}, {}, nullptr, nullptr, nullptr};
     if (text == "q5_K") m.cache = Format::q8_0;
     std::vector<std::byte*> owned;
     const auto matrix = [&](Format format, int rows, int k, float deviation, bool counted = true) {

@@ -19,6 +19,7 @@ namespace tl = tinyllama;
 namespace {
 
 tl::bench::Limits limits;
+tl::Format cache = tl::LoadOptions().cache;
 
 template <class D>
 struct Loaded {
@@ -28,7 +29,7 @@ struct Loaded {
   std::size_t read_bytes = 0;  // weights that a decoded token reads
   tl::Memory<D> copy;
   explicit Loaded(const std::string& path)
-      : file(tl::open_checkpoint(path)), model(tl::load<tl::any_llama>(dev, file, {.tokenizer = false})) {
+      : file(tl::open_checkpoint(path)), model(tl::load<tl::any_llama>(dev, file, {.cache = cache, .tokenizer = false})) {
     tl::for_each_parameter(file.config, [&](const tl::Parameter& p) {
       if (p.role != tl::Role::embedding || file.config.tied) read_bytes += tl::stored_bytes<D>(p, file.tensor(p).format, file.config.tied);
     });
@@ -179,6 +180,7 @@ int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     if (std::strncmp(argv[i], "--model=", 8) == 0) models.emplace_back(argv[i] + 8);
     else if (std::strncmp(argv[i], "--device=", 9) == 0) device = argv[i] + 9;
+    else if (std::strncmp(argv[i], "--cache=", 8) == 0) cache = tl::parse_format(argv[i] + 8);
     else argv[kept++] = argv[i];
   }
   argc = kept;
@@ -188,7 +190,7 @@ int main(int argc, char** argv) {
   known = known || device == "cuda";
 #endif
   if (models.empty() || !known) {
-    std::fprintf(stderr, "usage: model_bench [--device=cpu|cuda (where built with CUDA)] --model=PATH [--model=PATH ...] [--benchmark_...]\n");
+    std::fprintf(stderr, "usage: model_bench [--device=cpu|cuda (where built with CUDA)] --model=PATH [--model=PATH ...] [--cache=f16] [--benchmark_...]\n");
     return 2;
   }
   std::vector<std::shared_ptr<void>> loaded;

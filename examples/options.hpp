@@ -29,7 +29,7 @@ struct ModelOptions {
     app.add_option("--packed", packed, "a file that keeps the packed weights: written at the first start, mapped at the next");
     app.add_option("--threads", threads, "threads; 0: one for each core")->check(CLI::NonNegativeNumber);
     app.add_option("--dtype", compute, "arithmetic of the matrix products: auto, f32, bf16 or int8 (block formats)")->check(CLI::IsMember({"auto", "f32", "bf16", "int8"}));
-    app.add_option("--cache", cache, "format of the KV cache")->check(CLI::IsMember({"f32", "f16", "bf16", "q8_0"}));
+    app.add_option("--cache", cache, "format of the KV cache")->check(CLI::IsMember({"f32", "f16", "bf16", "f8_e4m3", "q8_0"}));
   }
   tinyllama::Compute compute_format() const {
     using tinyllama::Compute;

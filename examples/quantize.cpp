@@ -36,7 +36,7 @@ int main(int argc, char** argv) {
   double shard_gb = 5;
   app.add_option("--model", model, "a GGUF file, a folder in Hugging Face layout, a .safetensors file or a llama2.c .bin")->required();
   app.add_option("--out", out, "what to write")->required();
-  app.add_option("--format", format, "f32, f16, bf16; in a GGUF file also q8_0, q4_0, ..., q4_K_M, q5_K_M")->required()->check([](const std::string& text) {
+  app.add_option("--format", format, "f32, f16, bf16; in a folder also f8_e4m3; in a GGUF file q8_0, q4_0, ..., q4_K_M, q5_K_M")->required()->check([](const std::string& text) {
     try {
       tl::parse_mixture(text);
       return std::string();

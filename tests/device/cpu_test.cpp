@@ -59,11 +59,11 @@ struct Weights {
 
   Weights(std::initializer_list<std::pair<Format, index_t>> list, index_t k, Compute compute = Compute::automatic) {
     Random random(static_cast<std::uint64_t>(k));
-    for (auto [f, n] : list) parts.emplace_back(f, n, k, random);
+    for (auto [f, n] : list) parts.emplace_back(f, n, k, random).with_scales(random);
     for (Linear* l : {&packed, &rows}) {
       l->compute = compute;
       for (const TestMatrix& m : parts)
-        l->part[static_cast<std::size_t>(l->parts++)] = {m.format, l == &packed, m.n, k, l == &packed ? m.packed.data() : m.stored.data()};
+        l->part[static_cast<std::size_t>(l->parts++)] = {m.format, l == &packed, m.n, k, l == &packed ? m.packed.data() : m.stored.data(), m.scale.empty() ? nullptr : m.scale.data()};
     }
   }
 };

@@ -247,9 +247,10 @@ TEST_CASE_TEMPLATE("cuda: embedding, last rows and argmax", A, float, bf16) {
       if (k % f.block) continue;
       CAPTURE(std::string(f.name));
       CAPTURE(k);
-      const TestMatrix table(f.format, 100, k, random);
+      TestMatrix table(f.format, 100, k, random);
+      const float* const scale = table.with_scales(random);
       const Memory<D> memory(dev, D::packed_bytes(f.format, 100, k));
-      const Matrix m = dev.pack(memory.data(), {f.format, false, 100, k, table.stored.data()});
+      const Matrix m = dev.pack(memory.data(), {f.format, false, 100, k, table.stored.data(), scale});
       const OnCard<D, float> out(dev, rows, k);
       dev.embedding(out.view(), m, dev.batch(ids, batch));
       const auto got = out.get();
@@ -298,8 +299,8 @@ struct WeightsOnCard {
     memory.emplace_back(dev, bytes);
     std::byte* at = memory.back().data();
     for (auto [f, n] : list) {
-      const TestMatrix& m = parts.emplace_back(f, n, k, random);
-      linear.part[static_cast<std::size_t>(linear.parts++)] = dev.pack(at, {f, false, n, k, m.stored.data()});
+      TestMatrix& m = parts.emplace_back(f, n, k, random);
+      linear.part[static_cast<std::size_t>(linear.parts++)] = dev.pack(at, {f, false, n, k, m.stored.data(), m.with_scales(random)});
       at += D::packed_bytes(f, n, k);
     }
   }
@@ -313,6 +314,14 @@ double int8_error(const float* w, const float* x, index_t k) {
     for (index_t i = g; i < std::min(k, g + 32); ++i) most = std::max(most, std::fabs(static_cast<double>(x[i])));
     for (index_t i = g; i < std::min(k, g + 32); ++i) total += std::fabs(static_cast<double>(w[i])) * 0.501 * most / 127;
   }
+  return total;
+}
+
+// The same for rows of e4m3: half a step of each number, and of the smallest ones, which are fixed in relation to the row's largest.
+double e4m3_error(const float* w, const float* x, index_t k) {
+  double total = 0, most = 0;
+  for (index_t i = 0; i < k; ++i) most = std::max(most, std::fabs(static_cast<double>(x[i])));
+  for (index_t i = 0; i < k; ++i) total += std::fabs(static_cast<double>(w[i])) * (std::fabs(static_cast<double>(x[i])) * 0x1p-4 + most / 448 * 0x1p-10);
   return total;
 }
 
@@ -340,6 +349,7 @@ void check_matmul(CudaDevice<A>& dev, const WeightsOnCard<CudaDevice<A>>& w, ind
         if (std::is_same_v<A, float>) continue;
         if (m > 8 && part.format != Format::bf16) bound[at] += 0x1p-8 * size / 2;  // weights rounded to bf16
         if (is_quantised(part.format) && w.linear.compute != Compute::f32) bound[at] += int8_error(row.data(), xi, k);
+        if (part.format == Format::f8_e4m3 && m > 1 && w.linear.compute != Compute::f32) bound[at] += e4m3_error(row.data(), xi, k);  // where the library takes the shape
       }
     }
     column += part.n;
@@ -365,6 +375,73 @@ TEST_CASE_TEMPLATE("cuda: matmul in each format, few rows and many", A, float, b
       }
     }
   }
+}
+
+// On Hopper x is quantised too, and by rule: with those numbers the product is exact up to the sums of the tensor cores.
+TEST_CASE("cuda: matmul of 8-bit floats by 8-bit floats") {
+  if (no_card()) return;
+  Cuda dev;
+  if (dev.capability() != 90) {
+    MESSAGE("skipped: not compute capability 9.0");
+    return;
+  }
+  double worst = 0;
+  const auto check = [&]<class Y>(Y, const WeightsOnCard<Cuda>& w, index_t m, bool add) {
+    const index_t k = w.linear.columns(), n = w.linear.rows();
+    CAPTURE(m);
+    CAPTURE(k);
+    CAPTURE(n);
+    Random random(static_cast<std::uint64_t>(m + k));
+    auto x = numbers<bf16>(random, m * k);
+    if (m > 2) std::fill_n(x.begin() + k, k, 0.0f);
+    const auto residual = numbers<Y>(random, m * n);
+    std::vector<float> rounded(x), expected(static_cast<std::size_t>(m * n));
+    std::vector<double> bound(expected.size());
+    for (index_t i = 0; i < m; ++i) {
+      float most = 0;
+      for (index_t a = 0; a < k; ++a) most = std::max(most, std::fabs(x[static_cast<std::size_t>(i * k + a)]));
+      const float inverse = most > 1e-30f ? 448.0f / most : 0.0f, scale = most * (1.0f / 448.0f);
+      for (index_t a = 0; a < k; ++a) {
+        float& v = rounded[static_cast<std::size_t>(i * k + a)];
+        v = static_cast<float>(e4m3(v * inverse)) * scale;
+      }
+    }
+    index_t column = 0;
+    for (const TestMatrix& part : w.parts) {
+      for (index_t j = 0; j < part.n; ++j) {
+        const auto row = part.row(j);
+        for (index_t i = 0; i < m; ++i) {
+          double sum = 0, size = 0;
+          for (index_t a = 0; a < k; ++a) {
+            const double term = static_cast<double>(row[static_cast<std::size_t>(a)]) * rounded[static_cast<std::size_t>(i * k + a)];
+            sum += term, size += std::fabs(term);
+          }
+          const auto at = static_cast<std::size_t>(i * n + column + j);
+          if (add) sum += residual[at];
+          expected[at] = static_cast<float>(sum), bound[at] = 0x1p-10 * size + rounding<Y> * std::fabs(sum) + 1e-30;
+        }
+      }
+      column += part.n;
+    }
+    const OnCard<Cuda, bf16> xs(dev, x, m, k);
+    const OnCard<Cuda, Y> y(dev, m, n), r(dev, residual, m, n);
+    if constexpr (std::is_same_v<Y, float>) {
+      if (add) dev.matmul_add(y.view(), xs.view(), w.linear, r.view());
+    }
+    if (!add) dev.matmul(y.view(), xs.view(), w.linear);
+    const auto got = y.get();
+    for (std::size_t i = 0; i < got.size(); ++i) worst = std::max(worst, std::fabs(got[i] - static_cast<double>(expected[i])) / bound[i]);
+    check_close(got, expected, [&](index_t i) { return bound[static_cast<std::size_t>(i)]; });
+  };
+  const WeightsOnCard<Cuda> three(dev, {{Format::f8_e4m3, 256}, {Format::f8_e4m3, 64}, {Format::f8_e4m3, 64}}, 512), one(dev, {{Format::f8_e4m3, 192}}, 5632),
+      mixed(dev, {{Format::f8_e4m3, 64}, {Format::bf16, 64}, {Format::f8_e4m3, 32}}, 2048);
+  for (const index_t m : {2, 7, 16, 100, 300}) {
+    for (const auto* w : {&three, &one}) check(float(), *w, m, false), check(float(), *w, m, true), check(bf16(), *w, m, false);
+    if (m > 8) continue;
+    // Beside them weights that x is not rounded for.
+    check_matmul<bf16, float>(dev, mixed, m);
+  }
+  MESSAGE("largest error: " << worst << " of its bound");
 }
 
 TEST_CASE_TEMPLATE("cuda: matmul of several matrices, and of odd rows", A, float, bf16) {
@@ -436,7 +513,7 @@ TEST_CASE_TEMPLATE("cuda: attention over pages, and its probabilities", A, float
   Cpu& cpu = reference_device();
   struct Shape { index_t heads, kv_heads, head_dim; };
   const std::vector<std::pair<index_t, index_t>> sequences = {{300, 1}, {0, 20}, {65, 70}, {254, 3}, {0, 1}, {1, 4}};  // position, tokens
-  for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::q8_0})
+  for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::f8_e4m3, Format::q8_0})
     for (const Shape& h : {Shape{6, 2, 64}, Shape{4, 4, 16}, Shape{3, 1, 48}, Shape{8, 1, 128}, Shape{2, 1, 256}}) {
       CAPTURE(std::string(name(f)));
       CAPTURE(h.head_dim);

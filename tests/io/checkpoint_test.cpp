@@ -5,6 +5,7 @@
 
 #include "tests/io/small_model.hpp"
 #include "tinyllama/io/gguf_writer.hpp"
+#include "tinyllama/quant/e4m3.hpp"
 
 namespace {
 
@@ -111,7 +112,7 @@ TEST_CASE("a folder whose tensors are wrong is refused") {
   refused(model, [&](auto& t) { at(t, down)->shape = {96, 64}; }, {down, "expected [64, 96]", "found [96, 64]"});
   refused(model, [&](auto& t) { at(t, down)->shape = {64 * 96}; }, {down, "expected [64, 96]", "found [6144]"});
   refused(model, [&](auto& t) { at(t, "model.norm.weight")->shape = {1, 64}; }, {"model.norm.weight", "expected [64]", "found [1, 64]"});
-  refused(model, [&](auto& t) { at(t, down)->dtype = "I32"; }, {down, "F32, F16 or BF16", "found I32"});
+  refused(model, [&](auto& t) { at(t, down)->dtype = "I32"; }, {down, "F32, F16, BF16 or F8_E4M3", "found I32"});
   refused(model, [&](auto& t) { t.push_back(*at(t, down)), t.back().name = "model.layers.2.mlp.down_proj.weight"; }, {"model.layers.2.mlp.down_proj.weight", "only the tensors of a Llama of 2 layers"});
   refused(model, [&](auto& t) { t.push_back(*at(t, "model.norm.weight")), t.back().name = "model.layers.0.self_attn.q_proj.bias"; }, {"q_proj.bias", "only the tensors"});
   refused(tied, [&](auto& t) { t.push_back(*at(t, "model.embed_tokens.weight")), t.back().name = "lm_head.weight", t.back().bytes = named(model, "lm_head.weight").bytes; },
@@ -121,6 +122,63 @@ TEST_CASE("a folder whose tensors are wrong is refused") {
   CHECK(open_checkpoint(tmp.path()).tensors().size() == tied.tensors.size());
   write_changed(tmp.path(), model, [&](auto& t) { t.push_back(*at(t, "model.norm.weight")), t.back().name = "model.layers.0.self_attn.rotary_emb.inv_freq"; });
   CHECK(open_checkpoint(tmp.path()).tensors().size() == model.tensors.size());
+}
+
+TEST_CASE("a folder of 8-bit floats: scales of every shape, and those that are refused") {
+  const SmallModel model(small_config());
+  const std::string name = "model.layers.1.mlp.up_proj.weight";
+  const index_t rows = 96, columns = 64;
+  std::vector<std::byte> codes(static_cast<std::size_t>(rows * columns));
+  for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = std::byte(i * 7 % 127);
+  std::vector<float> scales;
+  for (index_t r = 0; r < rows; ++r) scales.push_back(static_cast<float>(r + 1) / 64);
+  const std::vector<bf16> narrow(scales.begin(), scales.end());
+  const std::vector<f16> half(scales.begin(), scales.end());
+  const auto write = [&](const std::filesystem::path& folder, std::optional<SafeTensor> scale) {
+    write_changed(folder, model, [&](auto& t) {
+      for (SafeTensor& s : t)
+        if (s.name == name) s.dtype = "F8_E4M3", s.bytes = codes;
+      if (scale) t.push_back(*scale);
+    });
+  };
+  const auto f32 = std::as_bytes(std::span(scales));
+  const Parameter up = parameter(model.config, Slot::up, 1);
+  const TempFolder tmp;
+  const auto check = [&](std::optional<SafeTensor> scale, bool each) {
+    write(tmp.path(), scale);
+    const Checkpoint c = open_checkpoint(tmp.path());
+    const StoredTensor& t = c.tensor(up);
+    CHECK(t.format == Format::f8_e4m3);
+    std::vector<float> row(static_cast<std::size_t>(columns));
+    for (index_t r = 0; r < rows; ++r) {
+      decode_stored_row(t, r, row.data(), columns);
+      const float factor = !scale ? 1.0f : each ? scales[static_cast<std::size_t>(r)] : scales[0];
+      CHECK(row[5] == static_cast<float>(e4m3::from_bits(std::to_integer<std::uint8_t>(codes[static_cast<std::size_t>(r * columns + 5)]))) * factor);
+    }
+  };
+  const std::string of_rows = name + "_scale";
+  check(SafeTensor{of_rows, "F32", {rows, 1}, f32}, true);
+  check(SafeTensor{of_rows, "F32", {rows}, f32}, true);
+  check(SafeTensor{of_rows, "BF16", {rows, 1}, std::as_bytes(std::span(narrow))}, true);
+  check(SafeTensor{of_rows, "F16", {rows}, std::as_bytes(std::span(half))}, true);
+  check(SafeTensor{of_rows, "F32", {}, f32.first(4)}, false);
+  check(SafeTensor{of_rows, "BF16", {1}, std::as_bytes(std::span(narrow)).first(2)}, false);
+  check(std::nullopt, false);
+  const auto refused = [&](const SafeTensor& scale, std::initializer_list<std::string_view> words) {
+    write(tmp.path(), scale);
+    check_error([&] { open_checkpoint(tmp.path()); }, words);
+  };
+  refused({of_rows, "F32", {1, rows}, f32}, {of_rows, "[96] or [96, 1]", "found [1, 96]"});
+  refused({of_rows, "F32", {rows / 2}, f32.first(4 * rows / 2)}, {of_rows, "[96] or [96, 1]", "found [48]"});
+  refused({of_rows, "I32", {rows}, f32}, {of_rows, "dtype F32, F16 or BF16", "found I32"});
+  refused({of_rows, "F8_E4M3", {rows}, f32.first(rows)}, {of_rows, "dtype F32, F16 or BF16", "found F8_E4M3"});
+  refused({of_rows + "_inv", "F32", {rows}, f32}, {of_rows + "_inv", "only the tensors"});
+  refused({"model.layers.0.mlp.up_proj.weight_scale", "F32", {rows}, f32}, {"layers.0", "only the tensors"});  // of a matrix in f32
+  write_changed(tmp.path(), model, [&](auto& t) {
+    for (SafeTensor& s : t)
+      if (s.name == "model.norm.weight") s.dtype = "F8_E4M3", s.bytes = s.bytes.first(64);
+  });
+  check_error([&] { open_checkpoint(tmp.path()); }, {"model.norm.weight", "f32, f16 or bf16", "found f8_e4m3"});
 }
 
 TEST_CASE("an index of shards is checked against the shards") {

@@ -81,7 +81,8 @@ TEST_CASE("every format and mixture: the rows are the codec's, in the order of t
   model.write(tmp / "hf");
   const Checkpoint from = open_checkpoint(tmp / "hf");
   std::vector<Mixture> all(mixtures.begin(), mixtures.end());
-  for (const FormatInfo& f : formats) all.push_back(f.format);
+  for (const FormatInfo& f : formats)
+    if (f.in_gguf()) all.push_back(f.format);
   for (const Mixture& m : all) {
     INFO(std::string(m.name));
     save_gguf(from, tmp / "m.gguf", {.mixture = m});
@@ -110,6 +111,59 @@ TEST_CASE("every format and mixture: the rows are the codec's, in the order of t
   }
 }
 
+TEST_CASE("folders of 8-bit floats: the layers' matrices, each row with its scale") {
+  const TempFolder tmp;
+  SmallModel model(small_config());
+  std::fill_n(model.weights[2].begin() + 64, 64, 0.0f);  // a row of zeros, of Q
+  model.write(tmp / "hf");
+  const Checkpoint from = open_checkpoint(tmp / "hf");
+  for (const std::uint64_t shard : {std::uint64_t{1} << 30, std::uint64_t{20'000}}) {
+    save_safetensors(from, tmp / "out", {.format = Format::f8_e4m3, .max_shard_bytes = shard});
+    const Checkpoint to = open_checkpoint(tmp / "out");
+    CHECK(to.config == from.config);
+    int scaled = 0;
+    for_each_parameter(model.config, [&](const Parameter& p) {
+      const StoredTensor &a = from.tensor(p), &b = to.tensor(p);
+      CHECK(b.format == (p.role == Role::linear ? Format::f8_e4m3 : Format::bf16));
+      CHECK(b.scale.empty() == (p.role != Role::linear));
+      if (p.role != Role::linear) return;
+      ++scaled;
+      std::vector<float> x(static_cast<std::size_t>(p.columns)), y(x.size());
+      for (index_t r = 0; r < p.rows; ++r) {
+        decode_stored_row(a, r, x.data(), p.columns), decode_stored_row(b, r, y.data(), p.columns);
+        float largest = 0;
+        for (const float v : x) largest = std::max(largest, std::abs(v));
+        const float scale = b.scale[static_cast<std::size_t>(r)];
+        CHECK(scale == (largest == 0 ? 1.0f : largest / 448.0f));
+        bool close = true;
+        for (std::size_t i = 0; i < x.size(); ++i) close = close && std::abs(x[i] - y[i]) <= std::max(std::abs(x[i]) * 0x1.01p-4f, scale * 0x1.01p-10f);
+        CHECK(close);
+      }
+    });
+    CHECK(scaled == 14);
+    // Bit by bit again, and through the other layout, which moves rows and their scales.
+    save_safetensors(to, tmp / "again", {.format = Format::f8_e4m3, .max_shard_bytes = shard});
+    const Checkpoint again = open_checkpoint(tmp / "again");
+    save_gguf(to, tmp / "f32.gguf", {.mixture = Format::f32});
+    const Checkpoint gguf = open_checkpoint(tmp / "f32.gguf");
+    save_safetensors(gguf, tmp / "f32");
+    const Checkpoint back = open_checkpoint(tmp / "f32");
+    for_each_parameter(model.config, [&](const Parameter& p) {
+      CHECK(same_bytes(again.tensor(p).bytes, to.tensor(p).bytes));
+      CHECK(again.tensor(p).scale == to.tensor(p).scale);
+      std::vector<float> x(static_cast<std::size_t>(p.columns)), y(x.size());
+      for (index_t r = 0; r < p.rows; ++r) {
+        decode_stored_row(to.tensor(p), r, x.data(), p.columns), decode_stored_row(back.tensor(p), r, y.data(), p.columns);
+        CHECK(x == y);
+      }
+    });
+  }
+  const auto config = detail::read_json(tmp / "out" / "config.json");
+  CHECK(config["torch_dtype"] == "bfloat16");
+  CHECK(config["quantization_config"]["quant_method"] == "compressed-tensors");
+  check_error([&] { save_gguf(from, tmp / "m.gguf", {.mixture = Format::f8_e4m3}); }, {"m.gguf", "a format that GGUF has", "f8_e4m3"});
+}
+
 TEST_CASE("16-bit folders") {
   const TempFolder tmp;
   const SmallModel model(small_config());
@@ -125,7 +179,7 @@ TEST_CASE("16-bit folders") {
     CHECK(found == (f == Format::f16 ? f16(expected).bits : bf16(expected).bits));
     CHECK(detail::read_json(tmp / "out" / "config.json")["torch_dtype"] == (f == Format::f16 ? "float16" : "bfloat16"));
   }
-  check_error([&] { save_safetensors(open_checkpoint(tmp / "hf"), tmp / "out", {.format = Format::q8_0}); }, {"out", "f32, f16 or bf16 for safetensors", "found q8_0"});
+  check_error([&] { save_safetensors(open_checkpoint(tmp / "hf"), tmp / "out", {.format = Format::q8_0}); }, {"out", "f32, f16, bf16 or f8_e4m3 for safetensors", "found q8_0"});
   write_file(tmp / "file", "x");
   check_error([&] { save_safetensors(open_checkpoint(tmp / "hf"), tmp / "file"); }, {"file", "a folder that can be made"});
 }

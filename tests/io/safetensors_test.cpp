@@ -57,7 +57,7 @@ TEST_CASE("dtypes, scalars, empty tensors and escaped names") {
   CHECK(f.find("bf")->bytes.size() == 12);
   CHECK(f.find("none")->bytes.empty());
   CHECK(f.find("\xc3\xa9")->shape.empty());
-  check_error([&] { (void)f.format(*f.find("\xc3\xa9")); }, {"dtype F32, F16 or BF16", "found I64"});
+  check_error([&] { (void)f.format(*f.find("\xc3\xa9")); }, {"dtype F32, F16, BF16 or F8_E4M3", "found I64"});
   check_error([&] { (void)f.format(*f.find("new")); }, {"file: new", "found X7"});
 }
 

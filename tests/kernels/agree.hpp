@@ -91,6 +91,7 @@ struct TestMatrix {
   Format format;
   index_t n, k;
   std::vector<std::byte> stored, packed;
+  std::vector<float> scale;  // of the rows; empty: 1
 
   TestMatrix(Format f, index_t rows, index_t columns, Random& random, float size = 1.0f) : format(f), n(rows), k(columns) {
     const std::size_t stride = row_bytes(f, k);
@@ -106,7 +107,16 @@ struct TestMatrix {
   std::vector<float> row(index_t j) const {
     std::vector<float> w(static_cast<std::size_t>(k));
     decode_row(format, stored.data() + static_cast<std::size_t>(j) * row_bytes(format, k), w.data(), k);
+    if (!scale.empty())
+      for (float& v : w) v *= scale[static_cast<std::size_t>(j)];
     return w;
+  }
+  /// Where the format has a scale a row, which kernels know nothing of.
+  const float* with_scales(Random& random) {
+    if (format != Format::f8_e4m3) return nullptr;
+    scale = random.vector(n);
+    for (float& s : scale) s = 0.25f + std::fabs(s);
+    return scale.data();
   }
 };
 

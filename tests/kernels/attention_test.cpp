@@ -101,7 +101,7 @@ void check_attention(const Kernels& kernels, const Case& c, bool narrow = false)
 
 TEST_CASE("store_kv writes its slot, transposed K and padded V, and nothing else") {
   for_each_table([](const Kernels& kernels) {
-    for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::q8_0})
+    for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::f8_e4m3, Format::q8_0})
       for (const index_t head_dim : {1, 8, 15, 16, 17, 48, 64, 128})
         for (const index_t slot : {0, 1, 37, 63}) {
           CAPTURE(std::string(name(f)));
@@ -122,7 +122,7 @@ TEST_CASE("store_kv writes its slot, transposed K and padded V, and nothing else
 
 TEST_CASE("attention: head dimensions, groups and cache formats") {
   for_each_table([](const Kernels& kernels) {
-    for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::q8_0})
+    for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::f8_e4m3, Format::q8_0})
       for (const index_t head_dim : {8, 16, 48, 64, 80, 128})
         for (const index_t group : {1, 3, 8})
           for (const index_t position : {0, 1, 62, 63, 64, 130}) check_attention(kernels, {f, head_dim, group, 1, position, 0, position + 1});
@@ -137,7 +137,7 @@ TEST_CASE("attention: a head of any width up to the largest") {
 
 TEST_CASE("attention: several tokens see up to themselves, across pages") {
   for_each_table([](const Kernels& kernels) {
-    for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::q8_0})
+    for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::f8_e4m3, Format::q8_0})
       for (const index_t tokens : {2, 3, 5, 16, 21})
         for (const index_t group : {1, 3, 4})
           for (const index_t position : {0, 50, 63, 64, 120}) check_attention(kernels, {f, 16, group, tokens, position, 0, position + tokens});
@@ -149,7 +149,7 @@ TEST_CASE("attention: several tokens see up to themselves, across pages") {
 
 TEST_CASE("attention_bf16: blocks of prefill, across pages, every head dimension") {
   for_each_table([](const Kernels& kernels) {
-    for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::q8_0})
+    for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::f8_e4m3, Format::q8_0})
       for (const index_t head_dim : {1, 8, 15, 48, 64, 80, 128, 256})
         for (const index_t group : {1, 3, 8})
           for (const index_t position : {0, 63, 130}) {

@@ -155,7 +155,7 @@ std::vector<O> run(const TestBatch& b, const cuda::AttentionPlan& plan, const De
   a.scratch = reinterpret_cast<float*>(p.scratch.data()), a.counters = p.counters.data();
   std::unique_ptr<DeviceArray<std::byte>> expanded;
   std::unique_ptr<DeviceArray<const std::byte*>> expanded_table;
-  if (kernel == cuda::AttentionKernel::flash && (a.format == Format::q8_0 || a.format == Format::f32)) {
+  if (kernel == cuda::AttentionKernel::flash && a.format != Format::bf16 && a.format != Format::f16) {
     expanded = std::make_unique<DeviceArray<std::byte>>(static_cast<std::size_t>(b.table_pages * cuda::expanded_page_bytes(b.shape.kv_heads, a.head_dim)));
     expanded_table = std::make_unique<DeviceArray<const std::byte*>>(static_cast<std::size_t>(b.table_pages));
     cuda::ExpandArgs e{};
@@ -209,7 +209,7 @@ void check_plan(const TestBatch& b, const cuda::AttentionPlan& plan, cuda::Atten
   CHECK(unwritten == 0);
   CHECK(touched == 0);
   const bool tensor = kernel != cuda::AttentionKernel::any;
-  const double p_rounding = !tensor ? 0 : b.shape.format == Format::f16 ? 0x1p-11 : 0x1p-8, eps = 0x1p-23, out_rounding = std::is_same_v<O, bf16> ? 0x1p-8 : 0;
+  const double p_rounding = !tensor ? 0 : b.shape.format == Format::f16 || (b.shape.format == Format::f8_e4m3 && kernel == cuda::AttentionKernel::paged) ? 0x1p-11 : 0x1p-8, eps = 0x1p-23, out_rounding = std::is_same_v<O, bf16> ? 0x1p-8 : 0;
   // A cache expanded to bf16 is rounded once more: scores err by up to 2^-8 of the sum of their terms' sizes, which multiplies numerator and denominator.
   const double k_rounding = kernel == cuda::AttentionKernel::flash && (b.shape.format == Format::q8_0 || b.shape.format == Format::f32) ? 0x1p-8 : 0;
   struct Task { std::size_t sequence; index_t token, head; };
@@ -283,7 +283,7 @@ const std::vector<Part> mixed = {{0, 1}, {0, 63}, {511, 1}, {30, 100}, {63, 2}, 
 
 TEST_CASE("cuda store_kv: every format and head dimension, byte for byte, and nothing else") {
   if (!has_gpu()) return;
-  for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::q8_0})
+  for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::f8_e4m3, Format::q8_0})
     for (const index_t hd : {1, 8, 15, 32, 64, 80, 128, 256}) {
       CAPTURE(std::string(name(f)));
       CAPTURE(hd);
@@ -370,7 +370,7 @@ TEST_CASE("cuda store_kv with rope: q in place and k on its way, both layouts") 
 
 TEST_CASE("cuda attention in f32: any head dimension, format and group") {
   if (!has_gpu()) return;
-  for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::q8_0})
+  for (const Format f : {Format::f32, Format::f16, Format::bf16, Format::f8_e4m3, Format::q8_0})
     for (const index_t hd : {8, 15, 32, 64, 80, 128, 256})
       for (const index_t group : {1, 4, 12}) {
         if (group != 4 && hd != 32) continue;
@@ -383,7 +383,7 @@ TEST_CASE("cuda attention in f32: any head dimension, format and group") {
 
 TEST_CASE("cuda attention of few rows: lengths, groups, formats") {
   if (!has_gpu()) return;
-  for (const Format f : {Format::bf16, Format::f16, Format::q8_0})
+  for (const Format f : {Format::bf16, Format::f16, Format::f8_e4m3, Format::q8_0})
     for (const index_t hd : {64, 128})
       for (const auto& [group, tokens, tile] : {std::tuple<index_t, index_t, index_t>{1, 1, 8}, {4, 1, 8}, {8, 1, 8}, {12, 1, 16}, {8, 2, 16}, {8, 4, 32}, {12, 3, 32}, {3, 7, 8}}) {
         std::vector<Part> parts;
@@ -392,7 +392,7 @@ TEST_CASE("cuda attention of few rows: lengths, groups, formats") {
         const TestBatch b(f, hd, 2, group, parts);
         check_plan<bf16, bf16>(b, plan_for(b, cuda::AttentionKernel::paged, tile), cuda::AttentionKernel::paged);
       }
-  for (const Format f : {Format::bf16, Format::q8_0}) {
+  for (const Format f : {Format::bf16, Format::f8_e4m3, Format::q8_0}) {
     const TestBatch b(f, 64, 4, 8, mixed);  // prefill before Hopper
     check_plan<bf16, float>(b, plan_for(b, cuda::AttentionKernel::paged, 32), cuda::AttentionKernel::paged);
   }
@@ -424,7 +424,7 @@ TEST_CASE("cuda attention of prefill on Hopper: lengths, starts inside pages, gr
       const TestBatch b(f, hd, 4, 8, mixed);
       check_plan<bf16, float>(b, plan_for(b, cuda::AttentionKernel::flash, tile), cuda::AttentionKernel::flash);
     }
-  for (const Format f : {Format::q8_0, Format::f32})  // expanded to bf16 first
+  for (const Format f : {Format::f8_e4m3, Format::q8_0, Format::f32})  // expanded to bf16 first
     for (const index_t hd : {64, 128}) {
       const TestBatch b(f, hd, 2, 8, mixed);
       check_plan<bf16, bf16>(b, plan_for(b, cuda::AttentionKernel::flash, cuda::flash_tile_rows(hd)), cuda::AttentionKernel::flash);

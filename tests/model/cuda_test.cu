@@ -7,6 +7,7 @@
 
 #include "tests/io/small_model.hpp"
 #include "tests/model/golden.hpp"
+#include "tinyllama/io/convert.hpp"
 
 namespace tl = tinyllama;
 using namespace tinyllama::test;
@@ -116,6 +117,9 @@ TEST_CASE("cuda: caches of 16 and 8 bits stay within their formats") {
   CHECK(bf16 > f16);
   CHECK(q8_0 < 1.0 / 127);
   CHECK(q8_0 > f16);
+  const double e4m3 = error(tl::Format::f8_e4m3);
+  CHECK(e4m3 < 0x1p-4);  // half a step
+  CHECK(e4m3 > bf16);
 }
 
 TEST_CASE("cuda: observers see the residual stream and the attention") {
@@ -204,6 +208,57 @@ TEST_CASE_TEMPLATE("cuda: a model whose tokens the persistent kernel decodes", D
   CHECK(b.decode_greedy(5, 90) == one);
   CHECK(b.length() == a.length());
   CHECK(std::equal(last.begin(), last.end(), b.logits().begin(), b.logits().end()));
+}
+
+// The CPU computes with the same weights, expanded, and unrounded activations.
+TEST_CASE("cuda: weights and caches of 8-bit floats") {
+  if (no_card()) return;
+  tl::any_llama c;
+  c.layers = 3, c.hidden = 256, c.heads = 4, c.kv_heads = 2, c.ffn = 704, c.vocab = 331, c.context = 400;
+  const TempFolder folder;
+  SmallModel(c).write(folder / "f32");
+  tl::save_safetensors(tl::open_checkpoint(folder / "f32"), folder / "e4m3", {.format = tl::Format::f8_e4m3});
+  std::vector<std::int32_t> ids;
+  for (int i = 0; i < 200; ++i) ids.push_back((i * 7919 + 13) % c.vocab);
+  tl::Cpu cpu({.threads = 2});
+  const auto expected = tl::load<tl::any_llama>(cpu, folder / "e4m3", exact()).start().logits_of(ids);
+  const auto last = [&](std::size_t t) { return tl::row(expected, static_cast<tl::index_t>(t)).span(); };
+  {
+    tl::CudaF32 dev;
+    CHECK(relative_error(tl::load<tl::any_llama>(dev, folder / "e4m3", exact()).start().logits_of(ids).span(), expected.span()) < 5e-3);
+  }
+  tl::Cuda dev;
+  for (const tl::Format cache : {tl::Format::bf16, tl::Format::f8_e4m3}) {
+    CAPTURE(std::string(tl::name(cache)));
+    const double exact_weights = cache == tl::Format::bf16 ? 1e-2 : 4e-2, all = 6e-2;
+    const auto model = tl::load<tl::any_llama>(dev, folder / "e4m3", {.cache = cache});
+    CHECK((dev.capability() < 90 || model.weights().prepared.decode != nullptr));
+    auto whole = model.start(), steps = model.start();
+    const double of_prefill = relative_error(whole.logits_of(ids).span(), expected.span());
+    CHECK(of_prefill < all);
+    double of_steps = 0;
+    for (std::size_t t = 0; t < 200; ++t) of_steps = std::max(of_steps, relative_error(steps.decode(ids[t]), last(t)));
+    CHECK(of_steps < exact_weights);
+    MESSAGE("relative error: prefill " << of_prefill << ", steps " << of_steps);
+    // Many tokens in one launch, and batches.
+    auto a = steps, b = steps;
+    std::vector<std::int32_t> one{5};
+    for (int i = 0; i < 90; ++i) {
+      const auto l = a.decode(one.back());
+      one.push_back(static_cast<std::int32_t>(std::max_element(l.begin(), l.end()) - l.begin()));
+    }
+    one.erase(one.begin());
+    CHECK(b.decode_greedy(5, 90) == one);
+    auto u = model.start(), v = model.start();
+    u.prefill(std::span<const std::int32_t>(ids).first(150)), v.prefill(std::span<const std::int32_t>(ids).first(70));
+    std::vector<tl::Session<tl::any_llama, tl::Cuda>*> both{&u, &v};
+    for (std::size_t t = 0; t < 5; ++t) {
+      const std::int32_t next[] = {ids[150 + t], ids[70 + t]};
+      const auto l = tl::decode_batch<tl::any_llama, tl::Cuda>(both, next);
+      CHECK(relative_error(tl::row(l, 0).span(), last(150 + t)) < all);
+      CHECK(relative_error(tl::row(l, 1).span(), last(70 + t)) < all);
+    }
+  }
 }
 
 TEST_CASE_TEMPLATE("cuda: batches of changing sizes, step by step and without the host, are the single sequences", D, tl::CudaF32, tl::Cuda) {

@@ -175,4 +175,7 @@ TEST_CASE("llama: caches of 16 and 8 bits and bf16 products stay within their fo
   const double q8_0 = error({.compute = tl::Compute::f32, .cache = tl::Format::q8_0});
   CHECK(q8_0 < 1.0 / 127);  // half a step of the largest value, at most
   CHECK(q8_0 > f16);
+  const double e4m3 = error({.compute = tl::Compute::f32, .cache = tl::Format::f8_e4m3});
+  CHECK(e4m3 < 0x1p-4);  // half a step
+  CHECK(e4m3 > bf16);
 }

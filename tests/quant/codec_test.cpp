@@ -68,7 +68,7 @@ bool same_bits(float a, float b) { return std::bit_cast<std::uint32_t>(a) == std
 
 TEST_CASE("every format decodes to the reference's floats, bit for bit, at any alignment") {
   for (const tl::FormatInfo& f : tl::formats) {
-    if (f.format == Format::f32) continue;
+    if (f.format == Format::f32 || !f.in_gguf()) continue;
     CAPTURE(f.name);
     const auto expected = read_floats(std::string(f.name) + ".decoded");
     auto bytes = read(std::string(f.name) + ".blocks");

@@ -1,4 +1,4 @@
-// bf16 and f16: all bit patterns, all ties, and the ends of the range, against double arithmetic.
+// bf16, f16 and e4m3: all bit patterns, all ties, and the ends of the range, against double arithmetic.
 #include "tinyllama/tensor/dtype.hpp"
 
 #include <doctest/doctest.h>
@@ -54,6 +54,33 @@ void check_all(int exponent_bits, int mantissa_bits) {
 TEST_CASE("bf16 converts exactly and rounds to nearest even") { check_all<tl::bf16>(8, 7); }
 TEST_CASE("f16 converts exactly and rounds to nearest even") { check_all<tl::f16>(5, 10); }
 
+TEST_CASE("e4m3 converts exactly, rounds to nearest even, saturates, and keeps NaNs") {
+  static_assert(static_cast<float>(tl::e4m3::from_bits(0x7e)) == 448.0f && static_cast<float>(tl::e4m3::from_bits(0x01)) == 0x1p-9f && tl::e4m3(-1.0f).bits == 0xb8);
+  constexpr float inf = std::numeric_limits<float>::infinity();
+  int wrong = 0;
+  for (int i = 0; i < 256; ++i) {
+    const auto bits = static_cast<std::uint8_t>(i);
+    const int e = (i >> 3) & 15, m = i & 7;
+    const float widened = tl::e4m3::from_bits(bits), sign = i & 0x80 ? -1.0f : 1.0f;
+    if ((i & 0x7f) == 0x7f) {
+      wrong += !std::isnan(widened) || (tl::e4m3(widened).bits & 0x7f) != 0x7f;
+      continue;
+    }
+    wrong += widened != sign * (e ? std::ldexp(8.0f + static_cast<float>(m), e - 10) : std::ldexp(static_cast<float>(m), -9)) || std::signbit(widened) != std::signbit(sign);
+    wrong += tl::e4m3(widened).bits != bits;
+    if ((i & 0x7f) == 0x7e) continue;
+    const float next = tl::e4m3::from_bits(static_cast<std::uint8_t>(i + 1)), middle = (widened + next) / 2;
+    wrong += tl::e4m3(middle).bits != (i & 1 ? i + 1 : i);
+    wrong += tl::e4m3(std::nextafter(middle, 0.0f)).bits != i;
+    wrong += tl::e4m3(std::nextafter(middle, sign * inf)).bits != i + 1;
+  }
+  CHECK(wrong == 0);
+  for (const float x : {449.0f, 464.0f, 480.0f, 1e30f, inf}) CHECK((tl::e4m3(x).bits == 0x7e && tl::e4m3(-x).bits == 0xfe));
+  CHECK(tl::e4m3(1e-30f).bits == 0);
+  CHECK(tl::e4m3(-0.0f).bits == 0x80);
+  CHECK(tl::e4m3(std::numeric_limits<float>::quiet_NaN()).bits == 0x7f);
+}
+
 TEST_CASE("conversions keep infinities, NaNs and signs, and overflow to infinity") {
   constexpr float inf = std::numeric_limits<float>::infinity();
   CHECK(static_cast<float>(tl::f16(65519.0f)) == 65504.0f);
@@ -69,6 +96,6 @@ TEST_CASE("conversions keep infinities, NaNs and signs, and overflow to infinity
 TEST_CASE("formats are found by name in any case, and an unknown one lists them") {
   CHECK(tl::parse_format("Q4_K") == tl::Format::q4_K);
   CHECK(tl::parse_format("bf16") == tl::Format::bf16);
-  CHECK_THROWS_WITH_AS(tl::parse_format("q9"), "format: expected one of f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K, q6_K, found 'q9'", tl::Error);
+  CHECK_THROWS_WITH_AS(tl::parse_format("q9"), "format: expected one of f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K, q6_K, f8_e4m3, found 'q9'", tl::Error);
   CHECK(tl::row_bytes(tl::Format::q4_K, 2048) == 1152);
 }

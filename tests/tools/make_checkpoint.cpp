@@ -37,19 +37,24 @@ class Weights {
  public:
   Weights(const tl::any_llama& c, std::uint64_t seed, int distinct) : config_(c), seed_(seed), distinct_(distinct) {}
 
+  /// The scales of the rows written last, of f8_e4m3.
+  std::span<const float> scales() const { return scales_; }
   void write(const tl::Parameter& p, tl::Format format, tl::RopeLayout rope, tl::FileWriter& file) {
+    scales_.clear();
+    std::vector<float> pool_scales(static_cast<std::size_t>(std::max(1, distinct_)));
     const std::size_t size = tl::row_bytes(format, p.columns);
     std::vector<float> floats(static_cast<std::size_t>(p.columns));
     std::vector<std::byte> pool(size * static_cast<std::size_t>(distinct_ > 0 ? distinct_ : 1));
-    for (int i = 0; i < distinct_; ++i) encode(p, i, format, floats, pool.data() + static_cast<std::size_t>(i) * size);
+    for (int i = 0; i < distinct_; ++i) pool_scales[static_cast<std::size_t>(i)] = encode(p, i, format, floats, pool.data() + static_cast<std::size_t>(i) * size);
     for (tl::index_t r = 0; r < p.rows; ++r) {
       const bool rotated = p.slot == tl::Slot::q || p.slot == tl::Slot::k;
       const tl::index_t row = rotated ? tl::detail::permuted_row(r, head_dim(config_), tl::RopeLayout::half, rope) : r;
       if (distinct_ > 0) {
         const std::uint64_t pick = Random{stream(p, row) ^ 1}.next() % static_cast<std::uint64_t>(distinct_);
         file.write({pool.data() + pick * size, size});
+        scales_.push_back(pool_scales[pick]);
       } else {
-        encode(p, row, format, floats, pool.data());
+        scales_.push_back(encode(p, row, format, floats, pool.data()));
         file.write(pool);
       }
     }
@@ -61,7 +66,7 @@ class Weights {
     Random of_row{r.next() ^ static_cast<std::uint64_t>(row) * 0xd1342543de82ef95u};
     return of_row.next();  // mixed once more: states a whole step apart would make each row the one before, shifted by an element
   }
-  void encode(const tl::Parameter& p, tl::index_t row, tl::Format format, std::vector<float>& floats, std::byte* out) const {
+  float encode(const tl::Parameter& p, tl::index_t row, tl::Format format, std::vector<float>& floats, std::byte* out) const {
     // TinyLlama's own initialisation, with gains near one
     const bool into_residual = p.slot == tl::Slot::o || p.slot == tl::Slot::down;
     const float sigma = p.role == tl::Role::gain ? 0.02f
@@ -69,11 +74,14 @@ class Weights {
                                         : std::sqrt(2.0f / (5.0f * static_cast<float>(config_.hidden)));
     Random random{stream(p, row)};
     for (float& x : floats) x = (p.role == tl::Role::gain ? 1.0f : 0.0f) + sigma * random.normal();
+    if (format == tl::Format::f8_e4m3) return tl::encode_e4m3_row(floats, out);
     tl::encode_row(format, floats.data(), out, p.columns);
+    return 1;
   }
   const tl::any_llama& config_;
   std::uint64_t seed_;
   int distinct_;
+  std::vector<float> scales_;
 };
 
 /// A SentencePiece vocabulary that encodes any text as bytes, with names for the other ids.
@@ -124,17 +132,24 @@ void write_gguf_file(const tl::any_llama& c, Weights& weights, const std::filesy
 }
 
 void write_folder(const tl::any_llama& c, Weights& weights, const std::filesystem::path& folder, tl::Format format, const tl::Vocabulary* vocabulary) {
-  const auto dtype = info(format).safetensors;
-  if (dtype.empty()) throw tl::Error(folder.string(), "format", "f32, f16 or bf16 for a folder", std::string(name(format)));
+  if (info(format).safetensors.empty()) throw tl::Error(folder.string(), "format", "f32, f16, bf16 or f8_e4m3 for a folder", std::string(name(format)));
   std::filesystem::create_directories(folder);
   const auto parameters = tl::detail::parameters_of(c);
   std::vector<tl::SafeTensorPlan> plan;
-  for (const tl::Parameter& p : parameters)
-    plan.push_back({p.hf_name(), std::string(dtype), p.role == tl::Role::gain ? std::vector{p.columns} : std::vector{p.rows, p.columns},
-                    static_cast<std::uint64_t>(p.rows) * tl::row_bytes(format, p.columns)});
-  tl::write_safetensors(folder / "model.safetensors", plan, [&](std::size_t i, tl::FileWriter& file) { weights.write(parameters[i], format, tl::RopeLayout::half, file); });
+  std::vector<const tl::Parameter*> of;  // of each tensor; none where it has the scales of the one before
+  for (const tl::Parameter& p : parameters) {
+    const tl::Format f = tl::folder_format(format, p);
+    plan.push_back({p.hf_name(), std::string(info(f).safetensors), p.role == tl::Role::gain ? std::vector{p.columns} : std::vector{p.rows, p.columns},
+                    static_cast<std::uint64_t>(p.rows) * tl::row_bytes(f, p.columns)});
+    of.push_back(&p);
+    if (f == tl::Format::f8_e4m3) plan.push_back({p.hf_name() + "_scale", "F32", {p.rows, 1}, static_cast<std::uint64_t>(p.rows) * sizeof(float)}), of.push_back(nullptr);
+  }
+  tl::write_safetensors(folder / "model.safetensors", plan, [&](std::size_t i, tl::FileWriter& file) {
+    if (of[i]) weights.write(*of[i], tl::folder_format(format, *of[i]), tl::RopeLayout::half, file);
+    else file.write(std::as_bytes(weights.scales()));
+  });
   const std::string_view torch = format == tl::Format::f32 ? "float32" : format == tl::Format::f16 ? "float16" : "bfloat16";
-  tl::write_file_atomically(folder / "config.json", [&](tl::FileWriter& file) { file.write(tl::config_json(c, {torch, 1, 2})); });
+  tl::write_file_atomically(folder / "config.json", [&](tl::FileWriter& file) { file.write(tl::config_json(c, {torch, 1, 2, format == tl::Format::f8_e4m3})); });
   if (vocabulary && vocabulary->kind == tl::Vocabulary::Kind::sentencepiece_bpe)
     tl::write_file_atomically(folder / "tokenizer.model", [&](tl::FileWriter& file) { file.write(sentencepiece_model(*vocabulary)); });
 }
@@ -149,7 +164,7 @@ int main(int argc, char** argv) {
   int distinct = -1;
   app.add_option("--preset", preset, "tinyllama_1b, smollm2_135m, ...; the options below change single numbers of it");
   app.add_option("--out", out, "what to write")->required();
-  app.add_option("--format", format_name, "bf16, f32, f16; in a GGUF file any format or mixture (q4_K_M)");
+  app.add_option("--format", format_name, "bf16, f32, f16, f8_e4m3; in a GGUF file any other format or mixture (q4_K_M)");
   app.add_option("--tokenizer", tokenizer, "take the tokenizer from this file or folder; the default encodes bytes");
   app.add_option("--seed", seed);
   app.add_option("--distinct-rows", distinct, "different rows in a tensor, 0 for all; the default is 64 in block formats and all in others");

@@ -20,6 +20,8 @@ TINYLLAMA_COMPILED void Cpu::embedding(View<float, dyn, dyn> out, const Matrix& 
                                table.columns, to);
         decode_row(F, table.data + static_cast<std::size_t>(id) * row_bytes(F, table.columns), to, table.columns);
       });
+      if (table.scale)
+        for (index_t k = 0; k < table.columns; ++k) to[k] *= table.scale[id];
     }
   });
 }
@@ -155,6 +157,14 @@ TINYLLAMA_COMPILED void Cpu::matmul(View<float, dyn, dyn> y, View<const float, d
     pool_->run(units, [&](index_t u) { run(u, nullptr); });
   } else {
     parallel_units(units, [&](index_t u, index_t worker) { run(u, panels + static_cast<std::size_t>(worker) * panels_bytes); });
+  }
+  column = 0;
+  for (int i = 0; i < w.parts; ++i) {
+    const Matrix& a = w.part[static_cast<std::size_t>(i)];
+    if (a.scale)
+      for (index_t t = 0; t < m; ++t)
+        for (index_t r = 0; r < a.rows; ++r) at(y, t)[column + r] *= a.scale[r];
+    column += a.rows;
   }
 }
 

@@ -233,6 +233,10 @@ class CudaDevice {
   Batch batch(std::span<const std::int32_t> ids, const std::int32_t* on_card, index_t rows, std::span<const Sequence> sequences);
   void plan_attention(const CacheShape& shape, index_t group, const Batch& b);
   bool by_tensor_cores(const CacheShape& shape) const { return std::is_same_v<A, bf16> && (shape.head_dim == 64 || shape.head_dim == 128) && shape.format != Format::f32; }
+  /// Sequences whose new rows the prefill kernel takes; a cache of e4m3 is expanded for it.
+  bool by_flash(const CacheShape& shape, index_t group, const Sequence& s) {
+    return by_tensor_cores(shape) && hopper() && shape.format != Format::q8_0 && s.tokens * group >= flash_rows;
+  }
   template <class Y>
   void product(View<Y, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w, const Y* residual = nullptr);
 

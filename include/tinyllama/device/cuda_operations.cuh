@@ -8,6 +8,7 @@
 #include "tinyllama/kernels/cuda/embedding.cuh"
 #include "tinyllama/kernels/cuda/gated_matmul.cuh"
 #include "tinyllama/kernels/cuda/matmul.cuh"
+#include "tinyllama/kernels/cuda/matmul_e4m3.cuh"
 #include "tinyllama/kernels/cuda/rmsnorm.cuh"
 #include "tinyllama/kernels/cuda/rope.cuh"
 #include "tinyllama/kernels/cuda/sample.cuh"
@@ -71,13 +72,13 @@ template <class A>
 Matrix CudaDevice<A>::pack(std::byte* to, const Matrix& from) const {
   const auto row = static_cast<index_t>(row_bytes(from.format, from.columns));
   Matrix m = from;
-  m.packed = true, m.data = to;
+  m.packed = true, m.data = to, m.scale = nullptr;
   const std::size_t bytes = packed_bytes(from.format, from.rows, from.columns);
   if (!is_quantised(from.format) && row == cuda::packed_row_bytes(from.format, from.columns)) {
     upload(to, from.data, bytes);
   } else {
     std::vector<std::byte> host(bytes);
-    cuda::pack_rows(from.format, from.columns, from.data, 0, from.rows, host.data());
+    cuda::pack_rows(from.format, from.columns, from.data, 0, from.rows, host.data(), from.scale);
     upload(to, host.data(), bytes);
   }
   return m;
@@ -161,8 +162,8 @@ void CudaDevice<A>::rope_store_kv(View<A, dyn, dyn> q, View<const A, dyn, dyn> k
 template <class A>
 void CudaDevice<A>::plan_attention(const CacheShape& shape, index_t group, const Batch& b) {
   if (std::exchange(planned_, true)) return;
-  const bool tensor_cores = by_tensor_cores(shape), wgmma = tensor_cores && hopper() && shape.format != Format::q8_0;
-  const auto many = [&](const Sequence& s) { return wgmma && s.tokens * group >= flash_rows; };
+  const bool tensor_cores = by_tensor_cores(shape);
+  const auto many = [&](const Sequence& s) { return by_flash(shape, group, s); };
   index_t rows = 0;
   for (const Sequence& s : b.host_sequences)
     if (!many(s)) rows = std::max(rows, s.tokens * group);
@@ -188,9 +189,30 @@ void CudaDevice<A>::attention(View<A, dyn, dyn> out, View<const A, dyn, dyn> q, 
   a.q = q.data(), a.out = out.data(), a.ldq = q.stride(0), a.ldo = out.stride(0);
   a.head_dim = static_cast<int>(shape.head_dim), a.group = static_cast<int>(group), a.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim)), a.format = shape.format;
   a.pages = b.pages, a.k_offset = shape.k_offset(layer, 0), a.v_offset = shape.v_offset(layer, 0), a.head_bytes = shape.head_bytes();
-  a.scratch = reinterpret_cast<float*>(scratch(few_.plan.scratch_bytes(shape.head_dim))), a.counters = reinterpret_cast<unsigned*>(counters_.data());
+  // The prefill kernel's operands are of 16 bits: pages of e4m3 become some in scratch, behind the partial results of the other kernel and the table of pages.
+  const bool expands = shape.format == Format::f8_e4m3 && !many_.plan.empty();
+  const auto pages_of = [](const Sequence& s) { return (s.position + s.tokens + page_tokens - 1) / page_tokens; };
+  const index_t page_bytes = cuda::expanded_page_bytes(shape.kv_heads, shape.head_dim);
+  index_t all_pages = 0, many_pages = 0;
+  if (expands)
+    for (const Sequence& s : b.host_sequences) all_pages += pages_of(s), many_pages += by_flash(shape, group, s) ? pages_of(s) : 0;
+  const std::size_t table_at = (few_.plan.scratch_bytes(shape.head_dim) + 255) / 256 * 256, pages_at = (table_at + static_cast<std::size_t>(all_pages) * sizeof(std::byte*) + 255) / 256 * 256;
+  std::byte* const memory = scratch(expands ? pages_at + static_cast<std::size_t>(many_pages * page_bytes) : few_.plan.scratch_bytes(shape.head_dim));
+  a.scratch = reinterpret_cast<float*>(memory), a.counters = reinterpret_cast<unsigned*>(counters_.data());
   if constexpr (std::is_same_v<A, bf16>) {
-    if (!many_.plan.empty()) cuda::attention_flash<A>(stream(), many_.of(a));
+    if (expands) {
+      cuda::ExpandArgs e{shape.format, a.head_dim, static_cast<int>(shape.kv_heads), 0, b.pages, a.k_offset, a.v_offset, a.head_bytes, memory + pages_at, reinterpret_cast<const std::byte**>(memory + table_at)};
+      auto wide = many_.of(a);
+      wide.format = Format::bf16, wide.pages = e.out_pages, wide.k_offset = 0, wide.head_bytes = cuda::expanded_head_bytes(shape.head_dim), wide.v_offset = wide.head_bytes / 2;
+      for (const Sequence& s : b.host_sequences) {
+        e.count = static_cast<int>(pages_of(s));
+        if (by_flash(shape, group, s)) cuda::expand_cache(stream(), e), e.out += e.count * page_bytes;
+        e.pages += e.count, e.out_pages += e.count;
+      }
+      cuda::attention_flash<A>(stream(), wide);
+    } else if (!many_.plan.empty()) {
+      cuda::attention_flash<A>(stream(), many_.of(a));
+    }
     if (by_tensor_cores(shape)) return cuda::attention_paged<A>(stream(), few_.of(a));
   }
   cuda::attention_any(stream(), few_.of(a));
@@ -239,7 +261,13 @@ void CudaDevice<A>::product(View<Y, dyn, dyn> y, View<const A, dyn, dyn> x, cons
   if (rows == 0) return;
   bool quantised = false;  // activations as int8, once for all parts
   index_t column = 0;
-  std::byte* const memory = scratch(rows == 1 ? static_cast<std::size_t>(cuda::quantised_vector_bytes(columns)) : blas_workspace + weights_scratch);
+  // 8-bit floats by 8-bit floats where the card multiplies them and nobody asked for more.
+  bool e4m3_products = false;
+  if constexpr (std::is_same_v<A, bf16>) e4m3_products = rows > 1 && capability_ >= 90 && w.compute != Compute::f32 && cuda::takes_e4m3(x.data(), x.stride(0), columns);
+  bool any_e4m3 = false, e4m3_quantised = false;
+  for (int i = 0; i < w.parts; ++i) any_e4m3 = any_e4m3 || (e4m3_products && w.part[static_cast<std::size_t>(i)].format == Format::f8_e4m3);
+  std::byte* const memory = scratch(rows == 1 ? static_cast<std::size_t>(cuda::quantised_vector_bytes(columns))
+                                              : blas_workspace + weights_scratch + (any_e4m3 ? cuda::E4m3Operands::bytes(rows, columns, w.rows()) : 0));
   for (int i = 0; i < w.parts;) {
     Matrix m = w.part[static_cast<std::size_t>(i++)];
     if (!m.packed) throw Error("matmul", "w", "packed by the device", "rows as in a file");
@@ -251,7 +279,15 @@ void CudaDevice<A>::product(View<Y, dyn, dyn> y, View<const A, dyn, dyn> x, cons
     const Y* const add = residual ? residual + column : nullptr;
     bool added = add == nullptr;
     column += m.rows;
-    if (rows > 1 && (rows > few_rows || m.format == format_of<A>)) {
+    bool done = false;
+    if constexpr (std::is_same_v<A, bf16>) {
+      if (e4m3_products && m.format == Format::f8_e4m3)
+        done = cuda::matmul_e4m3<Y>(stream(), blas_, m.data, m.rows, columns, x.data(), x.stride(0), rows, to, y.stride(0), add,
+                                    {memory + blas_workspace + weights_scratch, rows, columns}, std::exchange(e4m3_quantised, true), memory, blas_workspace);
+    }
+    if (done) {
+      added = true;
+    } else if (rows > 1 && (rows > few_rows || m.format == format_of<A>)) {
       added = cuda::matmul<A, Y>(stream(), blas_, {m.format, m.data, m.rows, columns, x.data(), x.stride(0), rows, to, y.stride(0), add}, memory, blas_workspace, memory + blas_workspace, weights_scratch);
     } else if (is_quantised(m.format) && w.compute != Compute::f32 && !std::is_same_v<A, float>) {
       if (!std::exchange(quantised, true)) cuda::quantise_vectors(stream(), x.data(), x.stride(0), static_cast<int>(rows), static_cast<int>(columns), memory);

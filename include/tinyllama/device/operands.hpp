@@ -19,6 +19,7 @@ struct Matrix {
   bool packed = false;
   index_t rows = 0, columns = 0;
   const std::byte* data = nullptr;
+  const float* scale = nullptr;  // f8_e4m3: what each row is multiplied by; null: 1, or in the packed rows
 
   constexpr std::size_t bytes() const {
     return packed ? packed_bytes(format, rows, columns) : static_cast<std::size_t>(rows) * row_bytes(format, columns);

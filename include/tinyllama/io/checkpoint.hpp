@@ -25,6 +25,7 @@ struct StoredTensor {
   Format format;
   index_t rows, columns;              // a gain is [1, columns]
   std::span<const std::byte> bytes;
+  std::vector<float> scale = {};      // f8_e4m3: what each row is multiplied by; empty: 1
 
   std::span<const std::byte> row(index_t r) const {
     const std::size_t n = row_bytes(format, columns);

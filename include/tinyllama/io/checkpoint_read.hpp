@@ -12,6 +12,7 @@
 #include "tinyllama/io/gguf_config.hpp"
 #include "tinyllama/io/llama2c.hpp"
 #include "tinyllama/io/safetensors.hpp"
+#include "tinyllama/quant/codec.hpp"
 
 namespace tinyllama {
 
@@ -40,6 +41,18 @@ namespace detail {
 /// A shard's name in an index: a plain file name, so that a hostile index cannot reach out of its folder.
 inline bool plain_file_name(std::string_view s) {
   return !s.empty() && s != "." && s != ".." && s.find_first_of(std::string_view("/\\\0", 3)) == std::string_view::npos;
+}
+
+/// One factor a row from X.weight_scale: of the whole matrix, [] or [1], or of each row, [rows] or [rows, 1].
+inline std::vector<float> row_scales(const Safetensors& file, const SafeTensor& t, index_t rows) {
+  const bool one = t.shape.empty() || t.shape == std::vector<index_t>{1}, each = t.shape == std::vector<index_t>{rows} || t.shape == std::vector<index_t>{rows, 1};
+  if (!one && !each) throw Error(file.name(), t.name, "a scale of shape [], [1], [" + std::to_string(rows) + "] or [" + std::to_string(rows) + ", 1]", shape_text(t.shape));
+  const std::optional<Format> format = format_of_safetensors(t.dtype);
+  if (!format || !is_plain(*format)) throw Error(file.name(), t.name, "a scale of dtype F32, F16 or BF16", t.dtype);
+  std::vector<float> scale(static_cast<std::size_t>(one ? 1 : rows));
+  decode_row(*format, t.bytes.data(), scale.data(), static_cast<index_t>(scale.size()));
+  scale.resize(static_cast<std::size_t>(rows), scale.front());
+  return scale;
 }
 
 }  // namespace detail
@@ -82,7 +95,16 @@ TINYLLAMA_COMPILED void Checkpoint::read_safetensors(Files& files) {
     if (it == all.end()) throw missing(where, name, p);
     const auto& [file, t] = it->second;
     known.insert(t->name);
-    add(p, file->name(), name, file->format(*t), t->shape, t->bytes);
+    const Format format = file->format(*t);
+    if (p.role == Role::gain && !is_plain(format)) throw Error(file->name(), name, "f32, f16 or bf16", std::string(tinyllama::name(format)));
+    add(p, file->name(), name, format, t->shape, t->bytes);
+    if (format != Format::f8_e4m3) return;
+    if (const auto scale = all.find(name + "_scale"); scale != all.end()) {
+      known.insert(scale->first);
+      tensors_.back().scale = detail::row_scales(*scale->second.first, *scale->second.second, p.rows);
+    }
+    // The scale of activations that a calibration found: ours follow each row of them.
+    if (const auto unused = all.find(name.substr(0, name.size() - std::string_view("weight").size()) + "input_scale"); unused != all.end()) known.insert(unused->first);
   });
   const std::string head = detail::outer_parameter(Slot::head).hf_name();
   for (const auto& [name, at] : all) {

@@ -45,7 +45,10 @@ inline any_llama parse_config(const json& j, std::string_view where) {
   only("model_type", type == "llama" || type == "mistral", "llama or mistral");
   only("hidden_act", o.string("hidden_act", "silu") == "silu", "silu");
   for (const char* const key : {"attention_bias", "mlp_bias"}) only(key, !o.boolean(key, false), "false: biases are not supported");
-  only("quantization_config", !o.find("quantization_config"), "no quantised folder: use its GGUF file");
+  if (const json* q = o.find("quantization_config")) {  // what its tensors are, their dtypes say
+    const std::string method = q->is_object() ? JsonObject(*q, where).string("quant_method", "") : "";
+    only("quantization_config", method == "compressed-tensors" || method == "fp8", "none, or 8-bit floats of compressed-tensors: of others use a GGUF file");
+  }
   only("partial_rotary_factor", o.number("partial_rotary_factor", 1.0) == 1.0, "1");
 
   any_llama c;
@@ -81,6 +84,7 @@ inline any_llama parse_config_json(std::string_view text, std::string_view where
 struct ConfigJsonOptions {
   std::string_view dtype = "float32";     // of the weights beside it: float32, float16, bfloat16
   std::int32_t bos = 1, eos = 2;
+  bool e4m3 = false;                      // the matrices of the layers are f8_e4m3 with a scale a row, as compressed-tensors describes it
 };
 
 /// The text of a config.json that transformers reads.
@@ -106,6 +110,13 @@ inline std::string config_json(const any_llama& c, const ConfigJsonOptions& opti
   j["rope_theta"] = detail::shortest(c.rope_base);
   if (c.rope_scale != 1.0f) j["rope_scaling"] = {{"type", "linear"}, {"rope_type", "linear"}, {"factor", detail::shortest(c.rope_scale)}};  // both spellings are read
   j["tie_word_embeddings"] = c.tied;
+  if (options.e4m3) {
+    const auto eight = [](const char* strategy, bool dynamic) {
+      return detail::json{{"num_bits", 8}, {"type", "float"}, {"symmetric", true}, {"strategy", strategy}, {"dynamic", dynamic}};
+    };
+    j["quantization_config"] = {{"quant_method", "compressed-tensors"}, {"format", "float-quantized"}, {"quantization_status", "compressed"}, {"ignore", {"lm_head"}},
+                                {"config_groups", {{"group_0", {{"targets", {"Linear"}}, {"weights", eight("channel", false)}, {"input_activations", eight("token", true)}}}}}};
+  }
   return j.dump(2) + "\n";
 }
 

@@ -20,6 +20,7 @@
 #include "tinyllama/io/mixture.hpp"
 #include "tinyllama/io/safetensors.hpp"
 #include "tinyllama/quant/codec.hpp"
+#include "tinyllama/quant/e4m3.hpp"
 
 namespace tinyllama {
 
@@ -72,19 +73,26 @@ class RowCopier {
       throw Error(t.file, t.name, "rows of a multiple of " + std::to_string(block) + " weights for " + std::string(name(format)), std::to_string(p.columns));
     floats_.resize(static_cast<std::size_t>(p.columns));
     row_.resize(size);
-    for (index_t r = first; r < first + rows; ++r) {
-      const auto source = t.row(rotated ? permuted_row(r, head_dim(from_.config), from_.rope, rope) : r);
+    if (first == 0) scales_.clear();
+    for (index_t i = first; i < first + rows; ++i) {
+      const index_t r = rotated ? permuted_row(i, head_dim(from_.config), from_.rope, rope) : i;
       if (t.format == format) {
-        file.write(source);
+        file.write(t.row(r));
+        if constexpr (requires { t.scale[0]; }) {
+          if (format == Format::f8_e4m3) scales_.push_back(t.scale.empty() ? 1.0f : t.scale[static_cast<std::size_t>(r)]);
+        }
       } else {
-        decode_row(t.format, source.data(), floats_.data(), p.columns);
-        encode_row(format, floats_.data(), row_.data(), p.columns);
+        decode_stored_row(t, r, floats_.data(), p.columns);
+        if (format == Format::f8_e4m3) scales_.push_back(encode_e4m3_row(floats_, row_.data()));
+        else encode_row(format, floats_.data(), row_.data(), p.columns);
         file.write(row_);
       }
       done_ += size;
       if (progress_ && done_ - reported_ >= (std::uint64_t{4} << 20)) progress_(reported_ = done_, total_);
     }
   }
+  /// Of f8_e4m3: the scales of the rows of the parameter that came last.
+  std::span<const float> scales() const { return scales_; }
   void finish() {
     if (progress_) progress_(done_, total_);
   }
@@ -93,7 +101,7 @@ class RowCopier {
   const Source& from_;
   std::uint64_t total_, done_ = 0, reported_ = 0;
   const Progress& progress_;
-  std::vector<float> floats_;
+  std::vector<float> floats_, scales_;
   std::vector<std::byte> row_;
 };
 
@@ -146,25 +154,28 @@ void read_special_ids(const Source& from, ConfigJsonOptions& out) {
 }  // namespace detail
 
 struct SaveSafetensorsOptions {
-  Format format = Format::f32;                                  // f32, f16 or bf16
+  Format format = Format::f32;                                  // f32, f16, bf16 or f8_e4m3
   std::uint64_t max_shard_bytes = std::uint64_t{5} << 30;       // a tensor is never cut
   Progress progress = {};
 };
+
+/// How a folder stores a parameter. Of f8_e4m3 it is the matrices of the layers, the rest is bf16: what vLLM's recipes do, and what checkpoints of Hugging Face have.
+constexpr Format folder_format(Format f, const Parameter& p) { return f == Format::f8_e4m3 && p.role != Role::linear ? Format::bf16 : f; }
 
 /// Writes a folder in Hugging Face layout (RoPE layout `half`): config.json, model.safetensors or shards with an index, and
 /// the source's tokenizer files where it has such. Throws Error.
 template <ModelSource Source>
 void save_safetensors(const Source& from, const std::filesystem::path& folder, const SaveSafetensorsOptions& options = {}) {
   namespace fs = std::filesystem;
-  const std::string_view dtype = info(options.format).safetensors;
-  if (dtype.empty()) throw Error(folder.string(), "format", "f32, f16 or bf16 for safetensors", std::string(name(options.format)));
+  if (info(options.format).safetensors.empty()) throw Error(folder.string(), "format", "f32, f16, bf16 or f8_e4m3 for safetensors", std::string(name(options.format)));
   std::error_code error;
   fs::create_directories(folder, error);
   if (!fs::is_directory(folder)) throw Error(folder.string(), "", "a folder that can be made", error ? error.message() : "a file");
 
   std::vector<std::vector<Parameter>> shards(1);
   std::uint64_t total = 0, shard_bytes = 0;
-  const auto bytes = [&](const Parameter& p) { return static_cast<std::uint64_t>(p.rows) * row_bytes(options.format, p.columns); };
+  const auto has_scales = [&](const Parameter& p) { return folder_format(options.format, p) == Format::f8_e4m3; };
+  const auto bytes = [&](const Parameter& p) { return static_cast<std::uint64_t>(p.rows) * row_bytes(folder_format(options.format, p), p.columns); };
   for (const Parameter& p : detail::parameters_of(from.config)) {
     if (!shards.back().empty() && shard_bytes + bytes(p) > options.max_shard_bytes) {
       shards.emplace_back();
@@ -175,7 +186,7 @@ void save_safetensors(const Source& from, const std::filesystem::path& folder, c
     total += bytes(p);
   }
 
-  ConfigJsonOptions config{options.format == Format::f32 ? "float32" : options.format == Format::f16 ? "float16" : "bfloat16", 1, 2};
+  ConfigJsonOptions config{options.format == Format::f32 ? "float32" : options.format == Format::f16 ? "float16" : "bfloat16", 1, 2, options.format == Format::f8_e4m3};
   detail::read_special_ids(from, config);
   detail::RowCopier<Source> rows(from, total, options.progress);
   detail::json index;
@@ -184,11 +195,17 @@ void save_safetensors(const Source& from, const std::filesystem::path& folder, c
   for (std::size_t s = 0; s < shards.size(); ++s) {
     const std::string file_name = shards.size() == 1 ? "model.safetensors" : "model-" + number(s + 1) + "-of-" + number(shards.size()) + ".safetensors";
     std::vector<SafeTensorPlan> plan;
+    std::vector<const Parameter*> of;  // of each tensor; none where it has the scales of the one before
     for (const Parameter& p : shards[s]) {
-      plan.push_back({p.hf_name(), std::string(dtype), p.role == Role::gain ? std::vector{p.columns} : std::vector{p.rows, p.columns}, bytes(p)});
-      index["weight_map"][p.hf_name()] = file_name;
+      const auto dtype = info(folder_format(options.format, p)).safetensors;
+      plan.push_back({p.hf_name(), std::string(dtype), p.role == Role::gain ? std::vector{p.columns} : std::vector{p.rows, p.columns}, bytes(p)}), of.push_back(&p);
+      if (has_scales(p)) plan.push_back({p.hf_name() + "_scale", "F32", {p.rows, 1}, static_cast<std::uint64_t>(p.rows) * sizeof(float)}), of.push_back(nullptr);
     }
-    write_safetensors(folder / file_name, plan, [&](std::size_t i, FileWriter& file) { rows.copy(shards[s][i], options.format, RopeLayout::half, file); });
+    for (const SafeTensorPlan& t : plan) index["weight_map"][t.name] = file_name;
+    write_safetensors(folder / file_name, plan, [&](std::size_t i, FileWriter& file) {
+      if (of[i]) rows.copy(*of[i], folder_format(options.format, *of[i]), RopeLayout::half, file);
+      else file.write(std::as_bytes(rows.scales()));
+    });
   }
   const fs::path index_path = folder / "model.safetensors.index.json";
   if (shards.size() > 1) write_file_atomically(index_path, [&](FileWriter& file) { file.write(index.dump(2) + "\n"); });

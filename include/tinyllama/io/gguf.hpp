@@ -90,7 +90,7 @@ constexpr std::string_view gguf_type_name(GgufType t) {
 
 inline const FormatInfo* format_of_ggml(std::uint32_t type) {
   for (const FormatInfo& f : formats)
-    if (f.ggml == type) return &f;
+    if (f.ggml == type && f.in_gguf()) return &f;
   return nullptr;
 }
 
@@ -121,7 +121,8 @@ class Gguf {
     const FormatInfo* f = detail::format_of_ggml(t.type);
     if (f) return f->format;
     std::string known;
-    for (const FormatInfo& k : formats) known.append(known.empty() ? "" : ", ").append(k.name);
+    for (const FormatInfo& k : formats)
+      if (k.in_gguf()) known.append(known.empty() ? "" : ", ").append(k.name);
     throw Error(name_, t.name, "a tensor in one of " + known, "ggml type " + std::to_string(t.type));
   }
 

@@ -83,6 +83,8 @@ struct GgufTensorPlan {
 /// Writes one file, atomically. `content(i, FileWriter&)` is called once for each tensor, in order, and writes exactly its bytes.
 template <class Content>
 void write_gguf(const std::filesystem::path& path, const GgufMetadata& metadata, std::span<const GgufTensorPlan> tensors, Content&& content) {
+  for (const GgufTensorPlan& t : tensors)
+    if (!info(t.format).in_gguf()) throw Error(path.string(), t.name, "a format that GGUF has", std::string(name(t.format)));
   constexpr std::uint64_t alignment = 32;  // the default of the format, and enough for a vector register
   const auto padding = [](std::uint64_t at) { return (alignment - at % alignment) % alignment; };
   write_file_atomically(path, [&](FileWriter& file) {

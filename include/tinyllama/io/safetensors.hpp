@@ -160,7 +160,7 @@ class Safetensors {
   /// The tensor's storage format; an Error naming the tensor where it is one that the library does not read.
   Format format(const SafeTensor& t) const {
     if (const auto f = format_of_safetensors(t.dtype)) return *f;
-    throw Error(name_, t.name, "dtype F32, F16 or BF16", t.dtype);
+    throw Error(name_, t.name, "dtype F32, F16, BF16 or F8_E4M3", t.dtype);
   }
 
  private:

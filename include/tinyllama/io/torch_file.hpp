@@ -224,7 +224,7 @@ inline std::string torch_pickle(std::span<const TorchTensorPlan> tensors, std::s
 template <class Content>
 void write_torch_file(const std::filesystem::path& path, std::span<const TorchTensorPlan> tensors, Content&& content, std::string_view key = {}) {
   for (const TorchTensorPlan& t : tensors)
-    if (is_quantised(t.format)) throw Error(path.string(), t.name, "f32, bf16 or f16 for a PyTorch file", std::string(name(t.format)));
+    if (!is_plain(t.format)) throw Error(path.string(), t.name, "f32, bf16 or f16 for a PyTorch file", std::string(name(t.format)));
   write_file_atomically(path, [&](FileWriter& file) {
     ZipWriter zip(file);
     zip.add("archive/data.pkl", detail::torch_pickle(tensors, key));

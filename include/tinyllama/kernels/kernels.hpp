@@ -42,7 +42,8 @@ inline constexpr index_t page_tokens = 64;
 constexpr index_t head_stride(index_t head_dim) { return (head_dim + 15) / 16 * 16; }
 inline constexpr index_t max_head_stride = 256;  // the largest head dimension that attention takes
 /// Formats that a KV cache may have.
-constexpr bool is_cache_format(Format f) { return f == Format::f32 || f == Format::f16 || f == Format::bf16 || f == Format::q8_0; }
+constexpr bool is_cache_format(Format f) { return is_plain(f) || f == Format::f8_e4m3 || f == Format::q8_0; }
+inline constexpr const char* cache_format_names = "f32, f16, bf16, f8_e4m3 or q8_0";
 /// Bytes of `rows` values for each position of a page.
 constexpr index_t page_values_bytes(Format f, index_t rows) {
   return f == Format::q8_0 ? (rows + static_cast<index_t>(sizeof(float))) * page_tokens : rows * page_tokens * info(f).bytes;

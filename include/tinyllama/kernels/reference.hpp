@@ -66,6 +66,7 @@ inline float load(Format f, const std::byte* page, index_t i, index_t slot, inde
   if (f == Format::f32) return get<float>(page, i);
   if (f == Format::f16) return get<f16>(page, i);
   if (f == Format::bf16) return get<bf16>(page, i);
+  if (f == Format::f8_e4m3) return get<e4m3>(page, i);
   return get<float>(page + rows * page_tokens, slot) * static_cast<float>(get<std::int8_t>(page, i));
 }
 inline void store(Format f, std::byte* page, index_t i, float v, float inverse) {
@@ -73,6 +74,7 @@ inline void store(Format f, std::byte* page, index_t i, float v, float inverse) 
   if (f == Format::f32) return put(page, i, v);
   if (f == Format::f16) return put(page, i, f16(v));
   if (f == Format::bf16) return put(page, i, bf16(v));
+  if (f == Format::f8_e4m3) return put(page, i, e4m3(v));
   const float code = v * inverse;
   put(page, i, code == code ? static_cast<std::int8_t>(std::nearbyint(code)) : std::int8_t{0});
 }

@@ -65,10 +65,15 @@ constexpr std::size_t activation_bytes(const C& c, index_t rows, index_t logits)
 template <class D = Cpu>
 constexpr bool packs(const Parameter& p, bool tied) { return p.role != Role::gain && (p.role != Role::embedding || tied || D::packed_embedding); }
 
+/// The format in which a device keeps a matrix: the CPU, which has no arithmetic of 8-bit floats, expands them to bf16, row scales and all.
+template <class D = Cpu>
+constexpr Format kept_format(Format f) { return D::host_memory && f == Format::f8_e4m3 ? Format::bf16 : f; }
+
 /// Bytes of one tensor as the model keeps it: gains f32, matrices packed.
 template <class D = Cpu>
 constexpr std::size_t stored_bytes(const Parameter& p, Format f, bool tied) {
   if (p.role == Role::gain) return aligned(static_cast<std::size_t>(p.columns) * sizeof(float));
+  f = kept_format<D>(f);
   return aligned(packs<D>(p, tied) ? D::packed_bytes(f, p.rows, p.columns) : static_cast<std::size_t>(p.rows) * row_bytes(f, p.columns));
 }
 

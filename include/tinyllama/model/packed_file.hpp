@@ -54,6 +54,7 @@ PackedHeader packed_header(const C& config, const Source& file) {
       const std::size_t at = t.bytes.size() <= sample ? 0 : (t.bytes.size() - sample) / (samples - 1) * i;
       source.add(t.bytes.subspan(at, std::min(sample, t.bytes.size())));
     }
+    source.add(std::as_bytes(std::span(t.scale)));
     file.release(t.bytes);  // the system brings in the pages around a sample
   });
   h.layout = layout.value(), h.source = source.value();

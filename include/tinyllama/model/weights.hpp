@@ -16,6 +16,7 @@
 #include "tinyllama/model/memory_plan.hpp"
 #include "tinyllama/model/packed_file.hpp"
 #include "tinyllama/quant/codec.hpp"
+#include "tinyllama/quant/e4m3.hpp"
 
 namespace tinyllama {
 
@@ -24,7 +25,7 @@ struct LoadOptions {
   /// Arithmetic of the matrix products. `automatic` multiplies models narrower than 1024 in f32: they are small enough, and rounding their
   /// activations to 8 bits shows (SmolLM2-135M in Q4_1 then loses its answers, under llama.cpp too).
   Compute compute = Compute::automatic;
-  Format cache = Format::f16;            ///< of keys and values: f32, f16, bf16 or q8_0
+  Format cache = Format::f16;            ///< of keys and values: f32, f16, bf16, f8_e4m3 or q8_0
   bool tokenizer = true;                 ///< load the checkpoint's tokenizer too
   /// A file that keeps the packed weights (CPU only): mapped where it is this checkpoint's, so that nothing is read or packed before it is
   /// used; written, or written anew, where not. Mapped pages are 4 KB, not huge ones, which decoding may feel.
@@ -78,7 +79,7 @@ struct Weights {
   static std::shared_ptr<const Weights> from(D& dev, const C& config, const Source& file, const LoadOptions& options) {
     auto w = std::make_shared<Weights>();
     w->config = config, w->device = &dev, w->rope = file.rope;
-    if (!is_cache_format(options.cache)) throw Error("load", "cache format", "f32, f16, bf16 or q8_0", name(options.cache));
+    if (!is_cache_format(options.cache)) throw Error("load", "cache format", cache_format_names, name(options.cache));
     w->cache = cache_shape(config, options.cache);
     if (head_stride(head_dim(config)) > max_head_stride)
       throw Error(file.path, "head dimension", "at most " + std::to_string(max_head_stride), std::to_string(head_dim(config)));
@@ -124,11 +125,22 @@ struct Weights {
       device->upload(to, gain.data(), gain.size() * sizeof(float));
       return static_cast<std::size_t>(t.columns) * sizeof(float);
     }
-    const std::size_t row = row_bytes(t.format, t.columns), size = static_cast<std::size_t>(n) * row;
+    const Format format = kept_format<D>(t.format);
+    const std::size_t row = row_bytes(format, t.columns), size = static_cast<std::size_t>(n) * row;
     const std::byte* from = t.bytes.data() + static_cast<std::size_t>(first) * row;
+    std::vector<std::byte> expanded;
+    if (format != t.format) {
+      std::vector<float> values(static_cast<std::size_t>(t.columns));
+      expanded.resize(size);
+      for (index_t r = 0; r < n; ++r) {
+        decode_stored_row(t, first + r, values.data(), t.columns);
+        encode_row(format, values.data(), expanded.data() + static_cast<std::size_t>(r) * row, t.columns);
+      }
+      from = expanded.data();
+    }
     if (packs(p)) {
-      device->pack(to, {t.format, false, n, t.columns, from});
-      return D::packed_bytes(t.format, n, t.columns);
+      device->pack(to, {format, false, n, t.columns, from, t.scale.empty() ? nullptr : t.scale.data() + first});
+      return D::packed_bytes(format, n, t.columns);
     }
     device->upload(to, from, size);
     return size;
@@ -174,10 +186,11 @@ struct Weights {
       const StoredTensor t = file.tensor(p);
       // One panel, or as many rows: another in each matrix.
       const index_t panel = ((p.layer + 1) * 7919 + static_cast<index_t>(p.slot) * 31) % ((t.rows + panel_rows - 1) / panel_rows), first = panel * panel_rows;
-      fresh.resize(std::max({panel_bytes(t.format, t.columns), static_cast<std::size_t>(panel_rows) * row_bytes(t.format, t.columns),
+      const Format format = kept_format<D>(t.format);
+      fresh.resize(std::max({panel_bytes(format, t.columns), static_cast<std::size_t>(panel_rows) * row_bytes(format, t.columns),
                              static_cast<std::size_t>(t.columns) * sizeof(float)}));
       const std::size_t size = store(p, t, first, std::min(panel_rows, t.rows - first), fresh.data());
-      const std::size_t offset = packs(p) ? D::packed_bytes(t.format, first, t.columns) : static_cast<std::size_t>(first) * row_bytes(t.format, t.columns);
+      const std::size_t offset = packs(p) ? D::packed_bytes(format, first, t.columns) : static_cast<std::size_t>(first) * row_bytes(format, t.columns);
       same = same && std::memcmp(at + offset, fresh.data(), size) == 0;
       file.release(t.bytes);
       at += stored_bytes<D>(p, t.format, config.tied);
@@ -192,7 +205,7 @@ struct Weights {
       (p.slot == Slot::final_norm ? final_norm : p.slot == Slot::attn_norm ? layer(p).attn_norm : layer(p).ffn_norm) = gain;
       return;
     }
-    const Matrix m{t.format, packs(p), t.rows, t.columns, at};
+    const Matrix m{kept_format<D>(t.format), packs(p), t.rows, t.columns, at};
     if (p.role == Role::embedding) {
       embedding = m;
       return;

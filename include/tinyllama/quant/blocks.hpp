@@ -31,6 +31,7 @@ template <> struct block_of<Format::q5_1> { using type = block_q5_1; };
 template <> struct block_of<Format::q4_K> { using type = block_q4_K; };
 template <> struct block_of<Format::q5_K> { using type = block_q5_K; };
 template <> struct block_of<Format::q6_K> { using type = block_q6_K; };
+template <> struct block_of<Format::f8_e4m3> { using type = e4m3; };
 
 template <Format F>
 using Block = typename block_of<F>::type;

@@ -18,6 +18,7 @@ struct PlainCodec {
 template <> struct Codec<Format::f32> : detail::PlainCodec<Format::f32> {};
 template <> struct Codec<Format::f16> : detail::PlainCodec<Format::f16> {};
 template <> struct Codec<Format::bf16> : detail::PlainCodec<Format::bf16> {};
+template <> struct Codec<Format::f8_e4m3> : detail::PlainCodec<Format::f8_e4m3> {};  // without the row's factor
 
 /// w = d q with d = max|w| / 127. The bytes are those of ggml's reference quantiser (halves away from zero).
 template <>

@@ -1,4 +1,4 @@
-// Element types and storage formats: bf16, f16, and the one list of formats in which a weight can be stored.
+// Element types and storage formats: bf16, f16, e4m3, and the one list of formats in which a weight can be stored.
 #pragma once
 
 #include <array>
@@ -58,19 +58,55 @@ struct f16 {
   static constexpr f16 from_bits(std::uint16_t b) { f16 r; r.bits = b; return r; }
 };
 
-static_assert(sizeof(bf16) == 2 && sizeof(f16) == 2);
+/// 8-bit float of 4 bits of exponent and 3 of mantissa, without infinities: up to 448 (OCP "8-bit floating point", arXiv 2209.05433). Conversion rounds to
+/// nearest even and saturates; a NaN stays a NaN.
+struct e4m3 {
+  std::uint8_t bits = 0;
+  constexpr e4m3() = default;
+  constexpr explicit e4m3(float x) {
+    const auto u = std::bit_cast<std::uint32_t>(x);
+    const std::uint32_t sign = (u >> 24) & 0x80u, a = u & 0x7fffffffu;
+    std::uint32_t c;
+    if (a > 0x7f800000u) {
+      bits = 0x7f;
+      return;
+    }
+    if (a >= 0x43e00000u) {  // 448 and above
+      c = 0x7eu;
+    } else if (a >= 0x3c800000u) {  // normal: rebias the exponent by 120, round the 20 dropped bits
+      c = (a - 0x3c000000u + 0x7ffffu + ((a >> 20) & 1u)) >> 20;
+    } else {  // subnormal, in units of 2^-9, which is the last bit of 2^14
+      c = std::bit_cast<std::uint32_t>(std::bit_cast<float>(a) + 0x1p14f) - 0x46800000u;
+    }
+    bits = static_cast<std::uint8_t>(sign | c);
+  }
+  constexpr operator float() const {
+    const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x80u) << 24, e = (bits >> 3) & 15u, m = bits & 7u;
+    if ((bits & 0x7fu) == 0x7fu) return std::bit_cast<float>(sign | 0x7fc00000u);
+    if (e != 0) return std::bit_cast<float>(sign | ((e + 120u) << 23) | (m << 20));
+    const float magnitude = static_cast<float>(m) * 0x1p-9f;
+    return sign ? -magnitude : magnitude;
+  }
+  static constexpr e4m3 from_bits(std::uint8_t b) { e4m3 r; r.bits = b; return r; }
+  static constexpr float most = 448.0f;
+};
+
+static_assert(sizeof(bf16) == 2 && sizeof(f16) == 2 && sizeof(e4m3) == 1);
 
 /// How a weight is stored. Names are the field's (ggml's for the block formats).
-enum class Format : std::uint8_t { f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K, q6_K };
+enum class Format : std::uint8_t { f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_K, q5_K, q6_K, f8_e4m3 };
 
 /// What there is to know of a format: `block` weights along a row share one block of `bytes` bytes.
 struct FormatInfo {
   Format format;
   std::string_view name;
   int block, bytes;
-  std::uint32_t ggml;             // ggml's type number, as in a GGUF file
+  std::uint32_t ggml;             // ggml's type number, as in a GGUF file, or none
   std::uint32_t gguf_file_type;   // llama.cpp's general.file_type of a file that is mostly this
   std::string_view safetensors;   // its dtype there, empty where safetensors has none
+
+  static constexpr std::uint32_t none = 0xffffffffu;
+  constexpr bool in_gguf() const { return ggml != none; }
 };
 
 /// The list of formats: adding one means a row here, a codec in quant/ and a tile in kernels/cpu/pack.hpp.
@@ -86,11 +122,14 @@ inline constexpr std::array formats{
     FormatInfo{Format::q4_K, "q4_K", 256, 144, 12, 15, ""},
     FormatInfo{Format::q5_K, "q5_K", 256, 176, 13, 17, ""},
     FormatInfo{Format::q6_K, "q6_K", 256, 210, 14, 18, ""},
+    FormatInfo{Format::f8_e4m3, "f8_e4m3", 1, 1, FormatInfo::none, FormatInfo::none, "F8_E4M3"},  // of weights: a factor in f32 for each row beside them
 };
 
 constexpr const FormatInfo& info(Format f) { return formats[static_cast<std::size_t>(f)]; }
 constexpr std::string_view name(Format f) { return info(f).name; }
 constexpr bool is_quantised(Format f) { return info(f).block > 1; }
+/// A float of 16 or 32 bits: a weight in it needs no scale.
+constexpr bool is_plain(Format f) { return f == Format::f32 || f == Format::f16 || f == Format::bf16; }
 
 /// Bytes of one row of `columns` weights; `columns` is a multiple of the format's block.
 constexpr std::size_t row_bytes(Format f, index_t columns) {
@@ -125,6 +164,7 @@ constexpr decltype(auto) visit(Format format, Fn&& fn) {
     case Format::q4_K: return fn.template operator()<Format::q4_K>();
     case Format::q5_K: return fn.template operator()<Format::q5_K>();
     case Format::q6_K: return fn.template operator()<Format::q6_K>();
+    case Format::f8_e4m3: return fn.template operator()<Format::f8_e4m3>();
   }
   throw Error("format", "", "one of the list in tensor/dtype.hpp", std::to_string(static_cast<int>(format)));
 }

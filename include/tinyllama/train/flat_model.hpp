@@ -73,7 +73,7 @@ void read_flat(const Source& from, const Parameter& p, float* to) {
   const auto& t = from.tensor(p);
   const bool rotated = p.slot == Slot::q || p.slot == Slot::k;
   for (index_t r = 0; r < p.rows; ++r, to += p.columns)
-    decode_row(t.format, t.row(rotated ? detail::permuted_row(r, head_dim(from.config), from.rope, RopeLayout::half) : r).data(), to, p.columns);
+    decode_stored_row(t, rotated ? detail::permuted_row(r, head_dim(from.config), from.rope, RopeLayout::half) : r, to, p.columns);
   from.release(t);
 }
 /// All of it into `weights`, [parameter_count(from.config)].

@@ -92,7 +92,7 @@ void AttendPage(const AttentionTask& t, index_t row, index_t count, index_t page
   const E* k = reinterpret_cast<const E*>(t.pages[page] + t.k_offset);
   const E *v = reinterpret_cast<const E*>(t.pages[page] + t.v_offset), *next_v = reinterpret_cast<const E*>(next + t.v_offset);
   Scores<E, R>(q, k, reinterpret_cast<const E*>(next + t.k_offset), t.head_dim, hn::Set(d, t.scale), s);
-  if constexpr (sizeof(E) == 1)
+  if constexpr (has_scales<E>)
     for (int r = 0; r < count; ++r)
       for (index_t p = 0; p < page_tokens; p += lanes) hn::Store(hn::Mul(hn::Load(d, s[r] + p), hn::LoadU(d, PageScales(k, t.head_dim) + p)), d, s[r] + p);
   float factor[R];
@@ -122,7 +122,7 @@ void AttendPage(const AttentionTask& t, index_t row, index_t count, index_t page
     const V vmax = hn::Set(d, max);
     for (index_t p = 0; p < page_tokens; p += lanes) {
       const V e = math::ExpNonPositive(d, hn::Sub(hn::Load(d, s[r] + p), vmax));
-      hn::Store(sizeof(E) == 1 ? hn::Mul(e, hn::LoadU(d, PageScales(v, stride) + p)) : e, d, s[r] + p);
+      hn::Store(has_scales<E> ? hn::Mul(e, hn::LoadU(d, PageScales(v, stride) + p)) : e, d, s[r] + p);
       sum = hn::Add(sum, e);
     }
     t.sum[row + r] = t.sum[row + r] * factor[r] + hn::GetLane(hn::SumOfLanes(d, sum));
@@ -156,6 +156,7 @@ void attention(const AttentionTask& t) {
   if (t.format == Format::f32) Attend<float>(t);
   else if (t.format == Format::f16) Attend<f16>(t);
   else if (t.format == Format::bf16) Attend<bf16>(t);
+  else if (t.format == Format::f8_e4m3) Attend<e4m3>(t);
   else Attend<std::int8_t>(t);
 }
 
@@ -193,7 +194,8 @@ void store_kv(const StoreTask& t) {
   }
   if (t.format == Format::f32) StoreKv<float>(t);
   else if (t.format == Format::f16) StoreKv<f16>(t);
-  else StoreKv<bf16>(t);
+  else if (t.format == Format::bf16) StoreKv<bf16>(t);
+  else StoreKv<e4m3>(t);
 }
 
 }  // namespace

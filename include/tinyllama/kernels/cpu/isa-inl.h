@@ -72,7 +72,7 @@ HWY_INLINE void Hold([[maybe_unused]] VU& v) {
 #endif
 }
 
-/// 16-bit floats, and codes of 8 bits, widened: [lanes] elements at p.
+/// Floats of 16 and 8 bits, and codes of 8 bits, widened: [lanes] elements at p.
 HWY_INLINE V Widen(D d, const float* p) { return hn::LoadU(d, p); }
 HWY_INLINE V Widen(D d, const f16* p) {
   const hn::Rebind<hwy::float16_t, D> dh;
@@ -87,6 +87,20 @@ HWY_INLINE V Widen(D d, const std::int8_t* p) {
   return hn::ConvertTo(d, hn::PromoteTo(DI(), hn::LoadU(d8, p)));
 }
 
+/// As f16 the bits are 2^8 too small, subnormals too; a NaN's would be 480, which no other has.
+HWY_INLINE V Widen(D d, const e4m3* p) {
+  const hn::Rebind<std::uint8_t, D> d8;
+  const hn::Rebind<std::uint16_t, D> d16;
+  const hn::Rebind<hwy::float16_t, D> dh;
+  const auto u = hn::PromoteTo(d16, hn::LoadU(d8, reinterpret_cast<const std::uint8_t*>(p)));
+  const auto half = hn::Or(hn::ShiftLeft<8>(hn::And(u, hn::Set(d16, std::uint16_t{0x80}))), hn::ShiftLeft<7>(hn::And(u, hn::Set(d16, std::uint16_t{0x7f}))));
+  const V v = hn::Mul(hn::PromoteTo(d, hn::BitCast(dh, half)), hn::Set(d, 256.0f));
+  return hn::IfThenElse(hn::Gt(hn::Abs(v), hn::Set(d, e4m3::most)), hn::BitCast(d, hn::Set(DU(), 0x7fc00000u)), v);
+}
+
+/// Whether a page of the cache in such elements has scales, one a position.
+template <class E>
+inline constexpr bool has_scales = std::is_same_v<E, std::int8_t>;
 /// The scales of the positions of a page of codes, behind its `rows` values for each.
 template <class E>
 HWY_INLINE const float* PageScales(const E* page, index_t rows) {

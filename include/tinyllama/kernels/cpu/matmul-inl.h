@@ -17,6 +17,9 @@ HWY_INLINE void LoadPair(const float* w, index_t kp, index_t s, V& w0, V& w1) {
 HWY_INLINE void LoadPair(const f16* w, index_t kp, index_t s, V& w0, V& w1) {
   w0 = Widen(D(), w + kp * 32 + s * lanes), w1 = Widen(D(), w + kp * 32 + 16 + s * lanes);
 }
+HWY_INLINE void LoadPair(const e4m3* w, index_t kp, index_t s, V& w0, V& w1) {
+  w0 = Widen(D(), w + kp * 32 + s * lanes), w1 = Widen(D(), w + kp * 32 + 16 + s * lanes);
+}
 HWY_INLINE void LoadPair(const bf16* w, index_t kp, index_t s, V& w0, V& w1) {
   const auto u = hn::LoadU(DU(), reinterpret_cast<const std::uint32_t*>(w + kp * 32 + s * 2 * lanes));
   w0 = hn::BitCast(D(), hn::ShiftLeft<16>(u)), w1 = hn::BitCast(D(), hn::And(u, hn::Set(DU(), 0xffff0000u)));

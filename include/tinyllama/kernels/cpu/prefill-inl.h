@@ -73,7 +73,7 @@ void AttendBf16(const AttentionTask& t) {
       V m = lowest;
       for (index_t p = 0; p < panels * 16; p += 16) {
         V x = hn::Mul(hn::Load(d, row + p), scale);
-        if constexpr (sizeof(E) == 1) x = hn::Mul(x, hn::LoadU(d, PageScales(page_k, hd) + p));
+        if constexpr (has_scales<E>) x = hn::Mul(x, hn::LoadU(d, PageScales(page_k, hd) + p));
         if (seen < p + 16) x = hn::IfThenElse(hn::Lt(hn::Iota(d, static_cast<float>(p)), hn::Set(d, static_cast<float>(seen))), x, lowest);
         hn::Store(x, d, row + p);
         m = hn::Max(m, x);
@@ -84,7 +84,7 @@ void AttendBf16(const AttentionTask& t) {
       for (index_t p = 0; p < panels * 16; p += 16) {
         const V e = math::ExpNonPositive(d, hn::Sub(hn::Load(d, row + p), hn::Set(d, max)));
         // Past the last key the scales were never written: 0 times what may be a NaN.
-        if constexpr (sizeof(E) == 1)
+        if constexpr (has_scales<E>)
           StoreBf16(hn::IfThenElseZero(hn::Gt(e, hn::Zero(d)), hn::Mul(e, hn::LoadU(d, PageScales(page_v, stride) + p))), w + p);
         else StoreBf16(e, w + p);
         sum = hn::Add(sum, e);
@@ -102,6 +102,7 @@ void attention_bf16(const AttentionTask& t) {
   if (t.format == Format::f32) AttendBf16<float>(t);
   else if (t.format == Format::f16) AttendBf16<f16>(t);
   else if (t.format == Format::bf16) AttendBf16<bf16>(t);
+  else if (t.format == Format::f8_e4m3) AttendBf16<e4m3>(t);
   else AttendBf16<std::int8_t>(t);
 }
 

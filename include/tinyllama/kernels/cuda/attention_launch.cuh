@@ -41,7 +41,7 @@ void visit_paged_tiles(int tile_rows, Fn&& fn) {
 /// Blocks of attention_paged that an SM holds at a time: plan_even for all of them.
 constexpr index_t paged_blocks_per_sm(index_t head_dim, index_t tile_rows) { return head_dim * tile_rows <= 512 ? 3 : head_dim * tile_rows <= 2048 ? 2 : 1; }
 
-/// For head_dim 64 and 128 and caches of bf16, f16 and q8_0.
+/// For head_dim 64 and 128 and caches of bf16, f16, f8_e4m3 and q8_0.
 template <class O>
 void attention_paged(cudaStream_t stream, const AttentionArgs<bf16, O>& a) {
   if (a.blocks == 0) return;
@@ -55,7 +55,7 @@ void attention_paged(cudaStream_t stream, const AttentionArgs<bf16, O>& a) {
         if (a.head_dim == 64) return go.template operator()<64>();
         if (a.head_dim == 128) return go.template operator()<128>();
       }
-      throw Error("attention", "paged", "head_dim 64 or 128 and a cache of bf16, f16 or q8_0", std::to_string(a.head_dim) + ", " + std::string(name(a.format)));
+      throw Error("attention", "paged", "head_dim 64 or 128 and a cache of bf16, f16, f8_e4m3 or q8_0", std::to_string(a.head_dim) + ", " + std::string(name(a.format)));
     });
   });
 }

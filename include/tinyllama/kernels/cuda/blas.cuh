@@ -22,6 +22,8 @@ struct BlasTask {
   index_t m, n, k;
   cudaDataType_t in, out;
   const void* add = nullptr;  // of y's shape and type, rows ldy apart; not y itself
+  const float *w_scale = nullptr, *x_scale = nullptr;  // of 8-bit w and x, on the card: what each row [n], [m] is multiplied by
+  bool fast_sums = false;     // of 8-bit floats: in the tensor cores' own precision, some 14 bits
 };
 
 template <class T>
@@ -63,7 +65,7 @@ class BlasPlans {
     index_t m, n, k, ldw, ldx, ldy;
     int in, out;
     std::uint32_t align_w, align_x, align_y;
-    bool add;
+    bool add, fast_sums;
     auto operator<=>(const Key&) const = default;
   };
 
@@ -80,6 +82,24 @@ class BlasPlans {
     return Layout(l);
   }
 
+  static void set_scales(cublasLtMatmulDesc_t d, const BlasTask& t) {
+    check(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &t.w_scale, sizeof t.w_scale), "cublasLtMatmulDescSetAttribute");
+    check(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &t.x_scale, sizeof t.x_scale), "cublasLtMatmulDescSetAttribute");
+  }
+  /// False where the library is too old to know scales of rows.
+  static bool set_e4m3(cublasLtMatmulDesc_t d, const BlasTask& t) {
+#if CUDART_VERSION >= 12090
+    const cublasLtMatmulMatrixScale_t rows = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+    const std::int8_t fast = t.fast_sums ? 1 : 0;
+    set_scales(d, t);
+    return cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &rows, sizeof rows) == CUBLAS_STATUS_SUCCESS &&
+           cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &rows, sizeof rows) == CUBLAS_STATUS_SUCCESS &&
+           cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof fast) == CUBLAS_STATUS_SUCCESS;
+#else
+    return false;
+#endif
+  }
+
   static bool recorded(cudaStream_t stream) {
     cudaStreamCaptureStatus s = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(stream, &s), "cudaStreamIsCapturing");
@@ -87,6 +107,7 @@ class BlasPlans {
   }
   cublasStatus_t start(cudaStream_t stream, const Plan& p, const cublasLtMatmulAlgo_t& a, const BlasTask& t, std::byte* workspace, std::size_t workspace_bytes) {
     const float one = 1, beta = t.add ? 1 : 0;
+    if (t.w_scale) set_scales(p.product.get(), t);
     return cublasLtMatmul(handle_.get(), p.product.get(), &one, t.w, p.w.get(), t.x, p.x.get(), &beta, t.add ? t.add : t.y, p.y.get(), t.y, p.y.get(), &a, workspace, workspace_bytes, stream);
   }
   /// The least of three times each, with the second-level cache full of other things before each: weights of a layer are not there when their turn comes.
@@ -107,7 +128,7 @@ class BlasPlans {
   }
 
   Plan& plan(const BlasTask& t, std::size_t workspace_bytes) {
-    const Key key{t.m, t.n, t.k, t.ldw, t.ldx, t.ldy, t.in, t.out, alignment(t.w), alignment(t.x), alignment(t.y), t.add != nullptr};
+    const Key key{t.m, t.n, t.k, t.ldw, t.ldx, t.ldy, t.in, t.out, alignment(t.w), alignment(t.x), alignment(t.y), t.add != nullptr, t.fast_sums};
     if (const auto known = plans_.find(key); known != plans_.end()) return known->second;
     if (plans_.size() >= 4096) plans_.clear();  // a program whose shapes never repeat
     Plan p;
@@ -117,6 +138,7 @@ class BlasPlans {
     // The library counts in columns: our rows of w, x and y are columns of k, k and n elements to it.
     const cublasOperation_t transposed = CUBLAS_OP_T;
     check(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed), "cublasLtMatmulDescSetAttribute");
+    if (t.w_scale && !set_e4m3(d, t)) return plans_.emplace(key, std::move(p)).first->second;
     p.w = layout(t.in, t.k, t.n, t.ldw), p.x = layout(t.in, t.k, t.m, t.ldx), p.y = layout(t.out, t.n, t.m, t.ldy);
     cublasLtMatmulPreference_t preference = nullptr;
     check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");

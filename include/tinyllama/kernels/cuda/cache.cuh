@@ -14,6 +14,7 @@ template <Format F> struct cache_element;
 template <> struct cache_element<Format::f32> { using type = float; };
 template <> struct cache_element<Format::f16> { using type = f16; };
 template <> struct cache_element<Format::bf16> { using type = bf16; };
+template <> struct cache_element<Format::f8_e4m3> { using type = e4m3; };
 template <> struct cache_element<Format::q8_0> { using type = std::int8_t; };
 
 /// Calls f.template operator()<F>() for a format that a cache may have.
@@ -23,8 +24,9 @@ void visit_cache(Format f, Fn&& fn) {
     case Format::f32: return fn.template operator()<Format::f32>();
     case Format::f16: return fn.template operator()<Format::f16>();
     case Format::bf16: return fn.template operator()<Format::bf16>();
+    case Format::f8_e4m3: return fn.template operator()<Format::f8_e4m3>();
     case Format::q8_0: return fn.template operator()<Format::q8_0>();
-    default: throw Error("KV cache", "format", "f32, f16, bf16 or q8_0", std::string(name(f)));
+    default: throw Error("KV cache", "format", cache_format_names, std::string(name(f)));
   }
 }
 
@@ -143,7 +145,7 @@ __global__ __launch_bounds__(128) void store_kv_kernel(const StoreKvArgs<A> a) {
   for (int d = head_dim + lane; d < width; d += 32) put(d, 0.0f);  // V's padding
 }
 
-/// The same for heads of 64 or 128 elements of 16 bits and a cache of 16 bits, with rope: a thread takes 8 pairs, as two pieces of 16 bytes in and out.
+/// The same for heads of 64 or 128 elements of 16 bits and a cache of 16 bits or of e4m3, with rope: a thread takes 8 pairs, as two pieces of 16 bytes in and, for 16 bits, out.
 template <int HeadDim, Format F, bool halves>
 __global__ __launch_bounds__(128) void store_kv_vectors_kernel(const StoreKvArgs<bf16> a) {
   constexpr int threads = HeadDim / 16, half = HeadDim / 2;  // of a head
@@ -178,6 +180,16 @@ __global__ __launch_bounds__(128) void store_kv_vectors_kernel(const StoreKvArgs
     else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(x[2 * e + 1]), "f"(x[2 * e]));
     return r;
   };
+  if constexpr (F == Format::f8_e4m3) {
+    if (!is_q) {
+      const int position = a.position[t], slot = position % page_positions;
+      std::byte* const page = const_cast<std::byte*>(a.pages[a.page_first[t] + position / page_positions]) + (is_v ? a.v_offset : a.k_offset) + h * a.head_bytes;
+      const auto four = [&](int e) { return e4m3_pair(x[e], x[e + 1]) | e4m3_pair(x[e + 2], x[e + 3]) << 16; };
+      *reinterpret_cast<uint2*>(page + cache_offset<F>(HeadDim, slot, first)) = make_uint2(four(0), four(4));
+      *reinterpret_cast<uint2*>(page + cache_offset<F>(HeadDim, slot, second)) = make_uint2(four(8), four(12));
+      return;
+    }
+  }
 #pragma unroll
   for (int e = 0; e < 8; ++e) words[e] = packed(e);
   pieces[0] = make_uint4(words[0], words[1], words[2], words[3]), pieces[1] = make_uint4(words[4], words[5], words[6], words[7]);
@@ -201,15 +213,17 @@ void store_kv(cudaStream_t stream, const StoreKvArgs<A>& a) {
   if (!a.cos) args.q = nullptr;
   if constexpr (std::is_same_v<A, bf16>) {
     const auto pieces = [](const void* p, std::int64_t ld) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0 && ld % 8 == 0; };
-    const bool heads = a.head_dim == 64 || a.head_dim == 128, format = a.format == Format::bf16 || a.format == Format::f16;
+    const bool heads = a.head_dim == 64 || a.head_dim == 128, format = a.format == Format::bf16 || a.format == Format::f16 || a.format == Format::f8_e4m3;
     if (a.q && a.cos && heads && format && pieces(a.q, a.ldq) && pieces(a.k, a.ldk) && pieces(a.v, a.ldv) && pieces(a.cos, 2 * a.ld_angles) && pieces(a.sin, 2 * a.ld_angles)) {
       const auto blocks = static_cast<unsigned>((units * (a.head_dim / 16) + 127) / 128);
       const auto go = [&]<int HeadDim>() {
-        const bool bf = a.format == Format::bf16, halves = a.layout == RopeLayout::half;
-        if (bf && halves) store_kv_vectors_kernel<HeadDim, Format::bf16, true><<<blocks, 128, 0, stream>>>(a);
-        else if (bf) store_kv_vectors_kernel<HeadDim, Format::bf16, false><<<blocks, 128, 0, stream>>>(a);
-        else if (halves) store_kv_vectors_kernel<HeadDim, Format::f16, true><<<blocks, 128, 0, stream>>>(a);
-        else store_kv_vectors_kernel<HeadDim, Format::f16, false><<<blocks, 128, 0, stream>>>(a);
+        const auto in = [&]<Format F>() {
+          if (a.layout == RopeLayout::half) store_kv_vectors_kernel<HeadDim, F, true><<<blocks, 128, 0, stream>>>(a);
+          else store_kv_vectors_kernel<HeadDim, F, false><<<blocks, 128, 0, stream>>>(a);
+        };
+        if (a.format == Format::bf16) in.template operator()<Format::bf16>();
+        else if (a.format == Format::f16) in.template operator()<Format::f16>();
+        else in.template operator()<Format::f8_e4m3>();
       };
       if (a.head_dim == 64) go.template operator()<64>();
       else go.template operator()<128>();

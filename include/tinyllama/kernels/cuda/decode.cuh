@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constan
   }
   for (int i = thread; i < 2 * m.layers + 1; i += threads)
     gains[i] = i == 2 * m.layers ? m.final_norm : i % 2 ? m.layer[i / 2].ffn_norm : m.layer[i / 2].attn_norm;
-  if (thread <= static_cast<int>(Format::q6_K)) piece_bytes[thread] = static_cast<unsigned short>(whole_piece_bytes(static_cast<Format>(thread)));
+  if (thread <= static_cast<int>(Format::f8_e4m3)) piece_bytes[thread] = static_cast<unsigned short>(whole_piece_bytes(static_cast<Format>(thread)));
   for (int i = thread; i < teams * p.slots; i += threads) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, team_warps);
   Dealt* const deals = reinterpret_cast<Dealt*>(memory + at.deals);
   for (int n = thread; n <= 4 * m.layers; n += threads) deals[n] = deal(p, n);
@@ -183,6 +183,7 @@ __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constan
       if constexpr (uniform >= 0) {
         constexpr Format F = static_cast<Format>(uniform);
         if (two) multiply_group<F, 2>(sum, 0, ring, vector, k, member, lane);
+        else if (F == Format::f8_e4m3 && product == product_head && m.head.format == Format::bf16) multiply_group<Format::bf16, 1>(sum, 0, ring, vector, k, member, lane);
         else multiply_group<F, 1>(sum, 0, ring, vector, k, member, lane);
       } else {
         int row = group_rows * (begin + unit);
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constan
 
   // Tasks of attention: (KV head, up to 8 of its query heads, a run of pages).
   const int group = m.heads / m.kv_heads, chunks = (group + group_heads - 1) / group_heads;
-  const std::int64_t half_bytes = m.cache == Format::q8_0 ? (HD + 4) * 64 : HD * 64 * (m.cache == Format::f32 ? 4 : 2);
+  const std::int64_t half_bytes = m.cache == Format::q8_0 ? (HD + 4) * 64 : HD * 64 * (m.cache == Format::f32 ? 4 : m.cache == Format::f8_e4m3 ? 1 : 2);
   const std::int64_t layer_bytes = m.kv_heads * 2 * half_bytes;
   std::uint32_t round = *p.round;  // everything sent in the layers of one launch carries its own number
   int token = *step.token, position = *step.position;
@@ -349,6 +350,7 @@ inline const void* kernel_of(const DecodePlan& p) {
   if (p.model.head_dim == 128) return reinterpret_cast<const void*>(&decode_kernel<128, -1>);
   switch (p.uniform) {
     case static_cast<int>(Format::bf16): return reinterpret_cast<const void*>(&decode_kernel<64, static_cast<int>(Format::bf16)>);
+    case static_cast<int>(Format::f8_e4m3): return reinterpret_cast<const void*>(&decode_kernel<64, static_cast<int>(Format::f8_e4m3)>);
     case static_cast<int>(Format::q8_0): return reinterpret_cast<const void*>(&decode_kernel<64, static_cast<int>(Format::q8_0)>);
     case static_cast<int>(Format::q4_0): return reinterpret_cast<const void*>(&decode_kernel<64, static_cast<int>(Format::q4_0)>);
     default: return reinterpret_cast<const void*>(&decode_kernel<64, -1>);
@@ -376,12 +378,13 @@ inline bool make_decode_plan(DecodePlan& plan, const DecodeModel& model, const D
   const int rows[products] = {q + 2 * kv, model.hidden, model.ffn, model.hidden, model.vocab};
   int slot = 0;
   std::size_t weights = 0;
-  plan.uniform = static_cast<int>(model.head.format);
+  plan.uniform = static_cast<int>(layers[0].q.format);
   const auto take = [&](int product, const DecodeMatrix& w, int n) {
-    if (static_cast<int>(w.format) != plan.uniform) plan.uniform = -1;
+    const bool known_head = product == product_head && w.format == Format::bf16 && plan.uniform == static_cast<int>(Format::f8_e4m3);
+    if (static_cast<int>(w.format) != plan.uniform && !known_head) plan.uniform = -1;
     const int k = decode::columns_of(model, product);
     (is_quantised(w.format) ? plan.as_int8 : plan.as_float)[product] = true;
-    slot = std::max(slot, r * static_cast<int>(tile_bytes(w.format, std::min(k, decode::ring_columns(w.format)))));
+    slot = std::max(slot, r * (static_cast<int>(tile_bytes(w.format, std::min(k, decode::ring_columns(w.format)))) + row_end_bytes(w.format)));
     weights += packed_matrix_bytes(w.format, n, k);
   };
   for (int l = 0; l < model.layers; ++l) {

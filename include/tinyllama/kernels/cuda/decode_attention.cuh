@@ -16,12 +16,13 @@ inline constexpr int group_heads = 8;
 
 // ---- eight neighbouring values of the cache: dims 8 j ... 8 j + 7 of the position in `slot` of K or V of a page (order: kernels/cuda/cache.cuh)
 
-struct Cached8 { uint4 a, b; };  // 16-bit formats: a;  f32: both;  q8_0: codes in a.x, a.y, the scale in b.x
+struct Cached8 { uint4 a, b; };  // 16-bit formats: a;  f32: both;  8-bit: a.x, a.y, and q8_0's scale in b.x
+__device__ __forceinline__ bool of_bytes(Format f) { return f == Format::q8_0 || f == Format::f8_e4m3; }
 
 template <int HD>
 __device__ __forceinline__ int cache_at(Format f, int slot, int j) {
   if (f == Format::f32) return (slot * HD + 8 * j) * 4;
-  if (f == Format::q8_0) return slot * HD + 8 * j;
+  if (of_bytes(f)) return slot * HD + 8 * j;
   return (j / 8 * 64 + slot) * 128 + ((j % 8) ^ (slot & 7)) * 16;
 }
 __device__ __forceinline__ uint4 load16(const std::byte* p) {
@@ -33,9 +34,9 @@ template <int HD>
 __device__ __forceinline__ Cached8 load_cached8(Format f, const std::byte* page, int slot, int j) {
   const std::byte* const p = page + cache_at<HD>(f, slot, j);
   Cached8 r{};
-  if (f == Format::q8_0) {
+  if (of_bytes(f)) {
     asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(r.a.x), "=r"(r.a.y) : "l"(p) : "memory");
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(r.b.x) : "l"(page + 64 * HD + 4 * slot) : "memory");
+    if (f == Format::q8_0) asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(r.b.x) : "l"(page + 64 * HD + 4 * slot) : "memory");
   } else {
     r.a = load16(p);
     if (f == Format::f32) r.b = load16(p + 16);
@@ -51,6 +52,12 @@ __device__ __forceinline__ void cached_to_float(Format f, const Cached8& c, floa
     const float scale = __uint_as_float(w[4]);
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] = scale * static_cast<float>(static_cast<signed char>(w[i / 4] >> (8 * (i % 4))));
+  } else if (f == Format::f8_e4m3) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 p = half_pair_to_float(e4m3_pair_to_f16(w[i / 2] >> (16 * (i % 2))));
+      v[2 * i] = p.x, v[2 * i + 1] = p.y;
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -70,6 +77,9 @@ __device__ __forceinline__ Cached8 to_cached(Format f, const float (&v)[8], floa
 #pragma unroll
     for (int i = 0; i < 8; ++i) w[i / 4] |= static_cast<std::uint32_t>(__float2int_rn(v[i] * inverse) & 0xff) << (8 * (i % 4));
     w[4] = __float_as_uint(max / 127.0f);
+  } else if (f == Format::f8_e4m3) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) w[i] = e4m3_pair(v[4 * i], v[4 * i + 1]) | e4m3_pair(v[4 * i + 2], v[4 * i + 3]) << 16;
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -82,9 +92,9 @@ __device__ __forceinline__ Cached8 to_cached(Format f, const float (&v)[8], floa
 template <int HD>
 __device__ __forceinline__ void store_cached8(Format f, std::byte* page, int slot, int j, const Cached8& c) {
   std::byte* const p = page + cache_at<HD>(f, slot, j);
-  if (f == Format::q8_0) {
+  if (of_bytes(f)) {
     *reinterpret_cast<uint2*>(p) = make_uint2(c.a.x, c.a.y);
-    if (j == 0) *reinterpret_cast<std::uint32_t*>(page + 64 * HD + 4 * slot) = c.b.x;
+    if (j == 0 && f == Format::q8_0) *reinterpret_cast<std::uint32_t*>(page + 64 * HD + 4 * slot) = c.b.x;
   } else {
     *reinterpret_cast<uint4*>(p) = c.a;
     if (f == Format::f32) *reinterpret_cast<uint4*>(p + 16) = c.b;

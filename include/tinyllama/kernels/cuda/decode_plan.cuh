@@ -23,7 +23,7 @@ struct DecodeModel {
   int layers, hidden, heads, kv_heads, head_dim, ffn, vocab;
   float eps;
   RopeLayout rope;
-  Format cache;                     // of the KV cache: f32, f16, bf16 or q8_0
+  Format cache;                     // of the KV cache: f32, f16, bf16, f8_e4m3 or q8_0
   DecodeMatrix embedding, head;     // [vocab, hidden]
   const DecodeLayer* layer;         // [layers], in device memory
   const float* final_norm;          // [hidden]
@@ -52,7 +52,7 @@ struct DecodePlan {
   int grid, slots, slot_bytes, vector_bytes;
   struct Offsets { int full, empty, entries, gains, residual, cos_sin, reduce, sums, task, deals, vector, end; } at;  // in shared memory, behind the ring
   int max_splits;                               // of the positions in attention, at most 32
-  int uniform;                                  // the format of all products' weights, or -1
+  int uniform;                                  // the format of all products' weights, or -1; f8_e4m3 also where the head is of bf16
   bool keep_in_l2 = false;                      // weights that fit there may stay
   // exchange, device memory, zero at first
   decode::Quad *qkv, *attended, *projected, *gated, *down;
@@ -102,7 +102,7 @@ inline DecodePlan::Offsets shared_offsets(const DecodePlan& p, std::size_t task_
 }
 
 /// Columns of a row that one slot of the ring takes: a tile of a block format, or less of values, so that slots stay below 9 KB.
-__host__ __device__ constexpr int ring_columns(Format f) { return f == Format::f32 ? 512 : block_columns(f) == 1 ? 1024 : tile_columns(f); }
+__host__ __device__ constexpr int ring_columns(Format f) { return f == Format::f32 ? 512 : block_columns(f) == 1 && f != Format::f8_e4m3 ? 1024 : tile_columns(f); }
 
 /// Product n of a step: qkv, o, gate_up and down of each layer, then the head.
 __host__ __device__ __forceinline__ int product_of(const DecodeModel& m, int n) { return n == 4 * m.layers ? static_cast<int>(product_head) : n % 4; }

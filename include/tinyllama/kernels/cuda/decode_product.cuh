@@ -14,11 +14,11 @@ namespace tinyllama::cuda::decode {
 template <Format F>
 inline constexpr int lane_rows = block_columns(F) == 1 ? 4 : 2;
 
-/// Columns [c, c + n) of four rows: this lane's share.
+/// Columns [c, c + n) of four rows: this lane's share. A row's scale, where the format has one, comes with the last.
 template <Format F>
 __device__ __forceinline__ void dot_slot(float (&sum)[lane_rows<F>], const std::byte* slot, int n, const std::byte* vector, int k, int c, int warp, int lane) {
   constexpr int whole = ring_columns(F);
-  const int row = static_cast<int>(tile_bytes(F, n));
+  const int row = static_cast<int>(tile_bytes(F, n)) + (c + n == k ? row_end_bytes(F) : 0);
   if constexpr (block_columns(F) == 1) {
     const FloatVector x(vector, (k + 7) / 8);
     const auto piece = [&](int p, int row) {
@@ -29,10 +29,20 @@ __device__ __forceinline__ void dot_slot(float (&sum)[lane_rows<F>], const std::
         sum[r] += ((w.v[0] * low.x + w.v[1] * low.y) + (w.v[2] * low.z + w.v[3] * low.w)) + ((w.v[4] * high.x + w.v[5] * high.y) + (w.v[6] * high.z + w.v[7] * high.w));
       }
     };
-    if (n == 32 * 8 * team_warps) piece(32 * warp + lane, static_cast<int>(tile_bytes(F, 32 * 8 * team_warps)));
-    else
+    constexpr int at_once = 32 * 8 * team_warps;
+    if (n == whole && whole >= at_once) {
+#pragma unroll
+      for (int u = 0; u < whole / at_once; ++u) piece(32 * (warp + team_warps * u) + lane, row_end_bytes(F) ? row : static_cast<int>(tile_bytes(F, whole)));
+    } else {
 #pragma unroll 1
       for (int p = 32 * warp + lane; p < (n + 7) / 8; p += 32 * team_warps) piece(p, row);
+    }
+    if constexpr (row_end_bytes(F) != 0) {
+      if (c + n == k) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) sum[r] *= *reinterpret_cast<const float*>(slot + (r + 1) * row - row_end_bytes(F));
+      }
+    }
   } else {
     const QuantisedVector x(vector, k / 32);
     const auto block = [&](int b, int nb, int row) {

@@ -23,9 +23,9 @@ __device__ __forceinline__ void produce(const DecodePlan& p, const Entry* table,
   const std::uint64_t policy = evict_first_policy();
   int slot = 0;
   unsigned parity = 1;
-  // Bytes [at, at + whole) of `rows` rows of e, or what is left of them, into the next slot.
+  // Bytes [at, at + whole) of `rows` rows of e, or what is left of them, into the next slot; with the last the row's end, 16 bytes, which are never alone.
   const auto fill = [&](const Entry& e, int row, int rows, unsigned at, unsigned whole) {
-    const unsigned bytes = min(whole, e.row_bytes - at), barrier = full + 8 * slot;
+    const unsigned rest = e.row_bytes - at, bytes = rest <= whole + 16 ? rest : whole, barrier = full + 8 * slot;
     const bool one = bytes == e.row_bytes;  // rows are neighbours in memory too
     const std::byte* const from = e.data + static_cast<std::int64_t>(row + lane) * e.row_bytes + at;
     const std::uint32_t to = ring + slot * p.slot_bytes + lane * bytes;
@@ -54,7 +54,7 @@ __device__ __forceinline__ void produce(const DecodePlan& p, const Entry* table,
           const Entry& e = entry_of(p, table, n / 4, product, part, row);
           const unsigned whole = piece_bytes[e.format];
 #pragma unroll 1
-          for (unsigned at = 0; at < e.row_bytes; at += whole) fill(e, row, rows, at, whole);
+          for (unsigned at = 0; at + 16 < e.row_bytes; at += whole) fill(e, row, rows, at, whole);
         }
       }
     }

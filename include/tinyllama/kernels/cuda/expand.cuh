@@ -1,11 +1,11 @@
-// A cache of q8_0 or f32 as pages of bf16 that the tensor cores take as they lie: for prefill, where a page is read by many tiles.
+// A cache of f8_e4m3, q8_0 or f32 as pages of bf16 that the tensor cores take as they lie: for prefill, where a page is read by many tiles.
 #pragma once
 
 #include "tinyllama/kernels/cuda/cache.cuh"
 
 namespace tinyllama::cuda {
 
-/// Page i of the result begins at out + i expanded_page_bytes(); in it KV head h's K, then V, as in a cache of bf16. Rounding: to 8 bits, once more than the cache's own.
+/// Page i of the result begins at out + i expanded_page_bytes(); in it KV head h's K, then V, as in a cache of bf16. Rounding: to 8 bits, once more than the cache's own; e4m3 loses nothing.
 struct ExpandArgs {
   Format format;
   int head_dim, kv_heads, count;    // count: pages
@@ -35,20 +35,27 @@ __global__ __launch_bounds__(256) void expand_kernel(const ExpandArgs a) {
     const Eight e = *reinterpret_cast<const Eight*>(from + cache_offset<F>(hd, slot, d));
     float scale = 1;
     if constexpr (F == Format::q8_0) scale = *reinterpret_cast<const float*>(from + cache_scale_offset(hd, slot));
-    const auto value = [&](int j) { return scale * static_cast<float>(e.x[j]); };
+    const auto value = [&](int j) {
+      if constexpr (F == Format::q8_0) {
+        return scale * static_cast<float>(e.x[j]);
+      } else {
+        return to_float(e.x[j]);
+      }
+    };
     uint4 w;
     w.x = pair<bf16>(value(0), value(1)), w.y = pair<bf16>(value(2), value(3)), w.z = pair<bf16>(value(4), value(5)), w.w = pair<bf16>(value(6), value(7));
     *reinterpret_cast<uint4*>(to + cache_offset<Format::bf16>(hd, slot, d)) = w;
   }
 }
 
-/// For head_dim 64 and 128 and caches of q8_0 and f32.
+/// For head_dim 64 and 128 and caches of f8_e4m3, q8_0 and f32.
 inline void expand_cache(cudaStream_t stream, const ExpandArgs& a) {
   if (a.count == 0) return;
   const dim3 grid(static_cast<unsigned>(a.count), static_cast<unsigned>(a.kv_heads), 2);
   if (a.format == Format::q8_0) expand_kernel<Format::q8_0><<<grid, 256, 0, stream>>>(a);
+  else if (a.format == Format::f8_e4m3) expand_kernel<Format::f8_e4m3><<<grid, 256, 0, stream>>>(a);
   else if (a.format == Format::f32) expand_kernel<Format::f32><<<grid, 256, 0, stream>>>(a);
-  else throw Error("expand_cache", "format", "q8_0 or f32", std::string(name(a.format)));
+  else throw Error("expand_cache", "format", "f8_e4m3, q8_0 or f32", std::string(name(a.format)));
 }
 
 }  // namespace tinyllama::cuda

@@ -196,7 +196,7 @@ __global__ void matvec_float_kernel(MatvecTask<X, Y> task) {
   float acc[T] = {};
   for (int p = lane; 8 * p < task.k; p += 32) {
     float v[8];
-    load8<F>(w, task.k, p, v);
+    load8_unscaled<F>(w, task.k, p, v);
 #pragma unroll
     for (int t = 0; t < T; ++t) {
       const X* const x = task.x + t * task.ldx + 8 * p;
@@ -207,7 +207,7 @@ __global__ void matvec_float_kernel(MatvecTask<X, Y> task) {
   }
 #pragma unroll
   for (int t = 0; t < T; ++t) {
-    const float y = warp_sum(acc[t]);
+    const float y = warp_sum(acc[t]) * row_scale<F>(w, task.k);
     if (lane == 0) task.y[t * task.ldy + row] = detail::from_float<Y>(y);
   }
 }

@@ -2,7 +2,7 @@
 //
 // A row of W [N, K] is its tiles one after the other, each tile_columns(format) columns but the last, each padded with zeros to 16 bytes. A
 // tile is one run of bytes: a matrix of up to 2048 columns has one tile a row, and the decode kernel copies a tile with one instruction. Inside it:
-//   f32, f16, bf16  the values
+//   f32, f16, bf16, f8_e4m3  the values; behind the last tile of a row of f8_e4m3 stand 16 bytes whose first four are the row's scale in f32: it comes with the row
 //   block formats   planes, each over all n / 32 blocks of the tile, so that neighbouring lanes read neighbouring 16 bytes:
 //     codes    16 bytes a block: nibbles, low nibble column c, high nibble column c + 16. q8_0: two such planes, columns 0-15 and 16-31 of each block
 //     bits     q5: 4 bytes a block, bit 8 b + m is bit 4 of column 4 m + b.  q6_K: 8 bytes, bits 8 b + 2 (m % 4) of word m / 4 are bits 4, 5 of it
@@ -18,16 +18,20 @@
 #include "tinyllama/kernels/pack.hpp"
 #include "tinyllama/quant/codec.hpp"
 
+#if defined(__CUDACC__)
+#include "tinyllama/kernels/cuda/element.cuh"
+#endif
+
 namespace tinyllama::cuda {
 
 __host__ __device__ constexpr int tile_columns(Format f) { return f == Format::f32 ? 1024 : 2048; }
 
 /// Columns that share a block, and its bytes: `info` for device code.
 __host__ __device__ constexpr int block_columns(Format f) {
-  return f <= Format::bf16 ? 1 : f >= Format::q4_K ? 256 : 32;
+  return f <= Format::bf16 || f == Format::f8_e4m3 ? 1 : f >= Format::q4_K ? 256 : 32;
 }
 __host__ __device__ constexpr int block_bytes(Format f) {
-  constexpr int bytes[] = {4, 2, 2, 34, 18, 20, 22, 24, 144, 176, 210};
+  constexpr int bytes[] = {4, 2, 2, 34, 18, 20, 22, 24, 144, 176, 210, 1};
   return bytes[static_cast<int>(f)];
 }
 static_assert([] {
@@ -38,9 +42,11 @@ static_assert([] {
 
 /// Bytes of a tile of n columns.
 __host__ __device__ constexpr index_t tile_bytes(Format f, index_t n) { return (n / block_columns(f) * block_bytes(f) + 15) / 16 * 16; }
+/// Bytes behind the last tile of a row.
+__host__ __device__ constexpr int row_end_bytes(Format f) { return f == Format::f8_e4m3 ? 16 : 0; }
 __host__ __device__ constexpr index_t packed_row_bytes(Format f, index_t columns) {
   const index_t t = tile_columns(f), whole = columns / t, rest = columns % t;
-  return whole * tile_bytes(f, t) + (rest ? tile_bytes(f, rest) : 0);
+  return whole * tile_bytes(f, t) + (rest ? tile_bytes(f, rest) : 0) + row_end_bytes(f);
 }
 __host__ __device__ constexpr std::size_t packed_matrix_bytes(Format f, index_t rows, index_t columns) {
   return static_cast<std::size_t>(rows) * static_cast<std::size_t>(packed_row_bytes(f, columns));
@@ -149,14 +155,20 @@ float unpack_element(const std::byte* tile, index_t n, index_t c) {
 
 }  // namespace detail
 
-/// Rows [first, last) of a matrix from the file's order into the device's. `to` is the place of row 0, in host memory.
-inline void pack_rows(Format format, index_t columns, const std::byte* from, index_t first, index_t last, std::byte* to) {
+/// Rows [first, last) of a matrix from the file's order into the device's. `to` is the place of row 0, in host memory. scale: of each row, or null: 1.
+inline void pack_rows(Format format, index_t columns, const std::byte* from, index_t first, index_t last, std::byte* to, const float* scale = nullptr) {
   visit(format, [&]<Format F>() {
     const auto stride = static_cast<index_t>(row_bytes(F, columns)), packed = packed_row_bytes(F, columns);
-    for (index_t r = first; r < last; ++r)
+    for (index_t r = first; r < last; ++r) {
       for (index_t c = 0; c < columns; c += tile_columns(F))
         detail::pack_tile<F>(from + r * stride + static_cast<index_t>(row_bytes(F, c)), std::min<index_t>(tile_columns(F), columns - c),
                              to + r * packed + c / tile_columns(F) * tile_bytes(F, tile_columns(F)));
+      if constexpr (row_end_bytes(F) != 0) {
+        std::byte* const end = to + (r + 1) * packed - row_end_bytes(F);
+        std::memset(end, 0, row_end_bytes(F));
+        detail::put(end, 0, scale ? scale[r] : 1.0f);
+      }
+    }
   });
 }
 
@@ -166,6 +178,7 @@ inline void unpack_row(Format format, index_t columns, const std::byte* row, flo
     for (index_t c = 0; c < columns; ++c) {
       const index_t first = c / tile_columns(F) * tile_columns(F);
       out[c] = detail::unpack_element<F>(row + c / tile_columns(F) * tile_bytes(F, tile_columns(F)), std::min<index_t>(tile_columns(F), columns - first), c - first);
+      if constexpr (row_end_bytes(F) != 0) out[c] *= detail::get<float>(row + packed_row_bytes(F, columns) - row_end_bytes(F), 0);
     }
   });
 }
@@ -188,6 +201,7 @@ __device__ __forceinline__ void visit_format(Format format, Fn&& f) {
     case Format::q4_K: return f.template operator()<Format::q4_K>();
     case Format::q5_K: return f.template operator()<Format::q5_K>();
     case Format::q6_K: return f.template operator()<Format::q6_K>();
+    case Format::f8_e4m3: return f.template operator()<Format::f8_e4m3>();
   }
 }
 
@@ -206,13 +220,21 @@ __device__ __forceinline__ float2 pair_to_float(std::uint32_t bits) {
   else return half_pair_to_float(bits);
 }
 
-/// Columns 8 p ... 8 p + 7 of a tile of values (f32, f16, bf16): 16 bytes, or 32.
+/// Columns 8 p ... 8 p + 7 of a tile of values: 32 bytes of f32, 16 of f16 and bf16, 8 of f8_e4m3 (without the row's scale).
 template <Format F>
 struct Values8 {
   float v[8];
   __device__ __forceinline__ Values8(const std::byte* tile, int p) {
     const auto* at = reinterpret_cast<const uint4*>(tile);
-    if constexpr (F == Format::f32) {
+    if constexpr (F == Format::f8_e4m3) {
+      const uint2 a = reinterpret_cast<const uint2*>(tile)[p];
+      const std::uint32_t w[4] = {a.x & 0xffffu, a.x >> 16, a.y & 0xffffu, a.y >> 16};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 f = half_pair_to_float(e4m3_pair_to_f16(w[i]));
+        v[2 * i] = f.x, v[2 * i + 1] = f.y;
+      }
+    } else if constexpr (F == Format::f32) {
       const uint4 a = at[2 * p], b = at[2 * p + 1];
       const std::uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
@@ -301,9 +323,16 @@ struct Block32 {
   }
 };
 
-/// Columns 8 p ... 8 p + 7 of a packed row of `columns`; past the end the row's padding or what lies behind it.
+/// What the values of a packed row are multiplied by.
 template <Format F>
-__device__ __forceinline__ void load8(const std::byte* row, int columns, int p, float (&v)[8]) {
+__device__ __forceinline__ float row_scale(const std::byte* row, int columns) {
+  if constexpr (row_end_bytes(F) != 0) return *reinterpret_cast<const float*>(row + packed_row_bytes(F, columns) - row_end_bytes(F));
+  else return 1.0f;
+}
+
+/// Columns 8 p ... 8 p + 7 of a packed row of `columns`, without the row's scale; past the end the row's padding or what lies behind it.
+template <Format F>
+__device__ __forceinline__ void load8_unscaled(const std::byte* row, int columns, int p, float (&v)[8]) {
   constexpr int t = tile_columns(F) / 8;
   const std::byte* const tile = row + p / t * tile_bytes(F, tile_columns(F));
   if constexpr (block_columns(F) == 1) {
@@ -322,6 +351,16 @@ __device__ __forceinline__ void load8(const std::byte* row, int columns, int p, 
       }
   }
 }
+/// The same with it.
+template <Format F>
+__device__ __forceinline__ void load8(const std::byte* row, int columns, int p, float (&v)[8]) {
+  load8_unscaled<F>(row, columns, p, v);
+  if constexpr (row_end_bytes(F) != 0) {
+    const float scale = row_scale<F>(row, columns);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] *= scale;
+  }
+}
 /// The same with the format known at run time: looking a token's embedding up, 8 values a thread.
 __device__ __forceinline__ void load8(Format format, const std::byte* row, int columns, int p, float (&v)[8]) {
   visit_format(format, [&]<Format F>() { load8<F>(row, columns, p, v); });
@@ -331,6 +370,7 @@ namespace detail {
 template <class T>
 __device__ __forceinline__ T from_float(float x) {
   if constexpr (sizeof(T) == 4) return x;
+  else if constexpr (std::is_same_v<T, e4m3>) return cuda::from_float<e4m3>(x);
   else if constexpr (std::is_same_v<T, f16>) { f16 h; h.bits = __half_as_ushort(__float2half_rn(x)); return h; }
   else {
     bf16 h;

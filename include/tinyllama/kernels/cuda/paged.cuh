@@ -52,13 +52,21 @@ __device__ inline float exp2_fast(float x) {
   return r;
 }
 
-/// Bytes 2i and 2i + 1 of w, signed codes, as a word of two bf16: exact, a code has 7 bits. 2^23 + u as an f32 ends in the bits of u = code + 128.
+/// Two bytes of w, signed codes, as a word of two bf16: exact, a code has 7 bits. 2^23 + u as an f32 ends in the bits of u = code + 128.
 template <int Low, int High>
 __device__ inline std::uint32_t codes_to_bf16(std::uint32_t w) {
   const std::uint32_t u = w ^ 0x80808080u;
   const float low = __uint_as_float(__byte_perm(u, 0x4b000000u, 0x7440 | Low)) - 8388736.0f;
   const float high = __uint_as_float(__byte_perm(u, 0x4b000000u, 0x7440 | High)) - 8388736.0f;
   return pair<bf16>(low, high);
+}
+
+/// Bytes Low and High of w as operands of the products: codes as bf16, e4m3 as f16.
+template <Format F, int Low, int High>
+__device__ inline std::uint32_t bytes_to_pair(std::uint32_t w) {
+  if constexpr (F == Format::q8_0) return codes_to_bf16<Low, High>(w);
+  else if constexpr (High == Low + 1) return e4m3_pair_to_f16(w >> (8 * Low));
+  else return e4m3_pair_to_f16(__byte_perm(w, 0, 0x4400 | High << 4 | Low));
 }
 
 }  // namespace detail
@@ -69,7 +77,7 @@ inline constexpr int paged_threads = 128;
 template <int HeadDim, int Tiles, Format F>
 struct PagedShape {
   static constexpr int tile_rows = Tiles * 8;
-  static constexpr int values_bytes = F == Format::q8_0 ? page_positions * HeadDim : page_positions * HeadDim * 2;
+  static constexpr int values_bytes = page_positions * HeadDim * static_cast<int>(sizeof(typename cache_element<F>::type));
   static constexpr int kv_bytes = values_bytes + (F == Format::q8_0 ? page_positions * 4 : 0);
   static constexpr int stage_bytes = 2 * kv_bytes;
   static constexpr int pitch = HeadDim + 4;  // of results in shared memory, in floats
@@ -84,8 +92,8 @@ template <int HeadDim, int Tiles, Format F, class O>
 __global__ __launch_bounds__(paged_threads, (PagedShape<HeadDim, Tiles, F>::blocks_per_sm)) void paged_kernel(const AttentionArgs<bf16, O> a) {
   using namespace detail;
   using Shape = PagedShape<HeadDim, Tiles, F>;
-  using T = std::conditional_t<F == Format::f16, f16, bf16>;  // of the products' operands
-  constexpr bool codes = F == Format::q8_0;
+  using T = std::conditional_t<F == Format::f16 || F == Format::f8_e4m3, f16, bf16>;  // of the products' operands
+  constexpr bool codes = F == Format::q8_0 || F == Format::f8_e4m3, scaled = F == Format::q8_0;  // values of one byte; with a scale a position
   constexpr int stages = Shape::stages, k_steps = HeadDim / 16, d_tiles = HeadDim / 16, rows = Shape::tile_rows;
   extern __shared__ __align__(1024) unsigned char ring[];
   float* result = reinterpret_cast<float*>(ring + stages * Shape::stage_bytes);  // [rows, pitch]
@@ -120,7 +128,7 @@ __global__ __launch_bounds__(paged_threads, (PagedShape<HeadDim, Tiles, F>::bloc
         const bool is_k = i < chunks / 4;
         copy_async(to + (is_k ? 0 : Shape::kv_bytes) + (j ^ swizzle) * 16, load.at + (is_k ? a.k_offset : a.v_offset) + j * 16, row < valid);
       }
-      if constexpr (codes) {  // the 16 positions' scales: 4 chunks of K, 4 of V
+      if constexpr (scaled) {  // the 16 positions' scales: 4 chunks of K, 4 of V
         const bool is_k = lane < 4;
         const int j = warp * 4 + (lane & 3);
         if (lane < 8) copy_async(to + (is_k ? 0 : Shape::kv_bytes) + Shape::values_bytes + j * 16, load.at + (is_k ? a.k_offset : a.v_offset) + Shape::values_bytes + j * 16, j * 4 < valid);
@@ -156,7 +164,7 @@ __global__ __launch_bounds__(paged_threads, (PagedShape<HeadDim, Tiles, F>::bloc
       for (int step = 0; step < k_steps; ++step) {
         if constexpr (codes) {
           const uint2 w = *reinterpret_cast<const uint2*>(from + step * 16);
-          q[n][step][0] = w.x, q[n][step][1] = w.y;
+          q[n][step][0] = convert_pair<T>(w.x), q[n][step][1] = convert_pair<T>(w.y);
         } else {
           q[n][step][0] = convert_pair<T>(*reinterpret_cast<const std::uint32_t*>(from + step * 16));
           q[n][step][1] = convert_pair<T>(*reinterpret_cast<const std::uint32_t*>(from + step * 16 + 8));
@@ -181,7 +189,7 @@ __global__ __launch_bounds__(paged_threads, (PagedShape<HeadDim, Tiles, F>::bloc
             constexpr int row_chunks = HeadDim / 16;
             std::uint32_t w;
             asm volatile("ld.shared.u32 %0, [%1];" : "=r"(w) : "r"(k_at + row * HeadDim + (step ^ (row * row_chunks / 8 & (row_chunks - 1))) * 16 + c * 4) : "memory");
-            k[e] = codes_to_bf16<0, 1>(w), k[e + 2] = codes_to_bf16<2, 3>(w);
+            k[e] = bytes_to_pair<F, 0, 1>(w), k[e + 2] = bytes_to_pair<F, 2, 3>(w);
           }
         } else {
           const int row = warp * 16 + lane % 16, chunk = step % 4 * 2 + lane / 16;
@@ -192,7 +200,7 @@ __global__ __launch_bounds__(paged_threads, (PagedShape<HeadDim, Tiles, F>::bloc
       }
       // s[n][e]: position warp * 16 + g + e / 2 * 8, row n * 8 + 2 c + e % 2
       float k_scale[2] = {scale, scale}, v_scale[2] = {1, 1};
-      if constexpr (codes) {
+      if constexpr (scaled) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const unsigned char* at = ring + stage * Shape::stage_bytes + Shape::values_bytes + (warp * 16 + e * 8 + g) * 4;
@@ -247,7 +255,7 @@ __global__ __launch_bounds__(paged_threads, (PagedShape<HeadDim, Tiles, F>::bloc
           const int at = warp * 16 + lane % 16;
           asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(r0), "=r"(r1)
                        : "r"(v_at + at * HeadDim + (m ^ (at * row_chunks / 8 & (row_chunks - 1))) * 16) : "memory");
-          v[0] = codes_to_bf16<0, 2>(r0), v[1] = codes_to_bf16<1, 3>(r0), v[2] = codes_to_bf16<0, 2>(r1), v[3] = codes_to_bf16<1, 3>(r1);
+          v[0] = bytes_to_pair<F, 0, 2>(r0), v[1] = bytes_to_pair<F, 1, 3>(r0), v[2] = bytes_to_pair<F, 0, 2>(r1), v[3] = bytes_to_pair<F, 1, 3>(r1);
         } else {
           load_matrices_transposed(v, v_at + m / 4 * page_positions * 128 + row * 128 + (((m % 4 * 2 + lane / 8 % 2) ^ (row & 7)) << 4));
         }
