@@ -67,3 +67,11 @@ target_compile_definitions(tinyllama_cuda INTERFACE TINYLLAMA_CUDA)
 target_compile_options(tinyllama_cuda INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20>)
 set(tinyllama_cuda_sources device/cuda.cu generate/cuda_instances.cpp)
 tinyllama_interface_sources(tinyllama_cuda ${tinyllama_cuda_sources})
+
+# tinyllama::cuda_training: both, with training's kernels on a card. cuDNN, where it is found at run time, computes attention.
+add_library(tinyllama_cuda_training INTERFACE)
+add_library(tinyllama::cuda_training ALIAS tinyllama_cuda_training)
+set_target_properties(tinyllama_cuda_training PROPERTIES EXPORT_NAME cuda_training)
+target_link_libraries(tinyllama_cuda_training INTERFACE tinyllama_cuda tinyllama_training ${CMAKE_DL_LIBS})
+set(tinyllama_cuda_training_sources device/cuda_training.cu)
+tinyllama_interface_sources(tinyllama_cuda_training ${tinyllama_cuda_training_sources})

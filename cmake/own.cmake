@@ -26,13 +26,16 @@ target_link_libraries(tinyllama_own PUBLIC tinyllama_headers hwy::hwy PRIVATE ti
 if(tinyllama_with_cuda)
   add_library(tinyllama_cuda_warnings INTERFACE)
   target_compile_options(tinyllama_cuda_warnings INTERFACE -Xcompiler=-Wall,-Wextra $<$<BOOL:${TINYLLAMA_WERROR}>:-Werror=all-warnings>)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+    target_compile_options(tinyllama_cuda_warnings INTERFACE -Xcompiler=-Wno-restrict)
+  endif()
   add_library(tinyllama_own_cuda STATIC EXCLUDE_FROM_ALL)
-  foreach(source IN LISTS tinyllama_cuda_sources)
+  foreach(source IN LISTS tinyllama_cuda_sources tinyllama_cuda_training_sources)
     target_sources(tinyllama_own_cuda PRIVATE ${PROJECT_SOURCE_DIR}/include/tinyllama/${source})
   endforeach()
   target_compile_definitions(tinyllama_own_cuda PUBLIC TINYLLAMA_CUDA)
   target_compile_options(tinyllama_own_cuda PUBLIC $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20>)
-  target_link_libraries(tinyllama_own_cuda PUBLIC tinyllama_own CUDA::cudart_static CUDA::cublasLt)
+  target_link_libraries(tinyllama_own_cuda PUBLIC tinyllama_own CUDA::cudart_static CUDA::cublasLt ${CMAKE_DL_LIBS})
 endif()
 
 # MPI, for programs that mpirun may start; without it they are the same for one process.

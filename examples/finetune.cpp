@@ -97,7 +97,8 @@ std::string number(float v) {
 }
 
 /// Conversations, several packed into each row. Returns the mean loss of each epoch.
-std::vector<float> learn_answers(tl::Trainer<tl::any_llama>& trainer, const Options& o, const std::vector<tl::Sample>& samples, std::int64_t steps, double& rate) {
+template <class D>
+std::vector<float> learn_answers(tl::Trainer<tl::any_llama, D>& trainer, const Options& o, const std::vector<tl::Sample>& samples, std::int64_t steps, double& rate) {
   std::vector<float> epochs;
   std::vector<std::int32_t> inputs, targets;
   std::vector<tl::Sequence> batch;
@@ -130,7 +131,8 @@ std::vector<float> learn_answers(tl::Trainer<tl::any_llama>& trainer, const Opti
 }
 
 /// Pairs of answers. Returns each epoch's mean loss; the accuracy of the last one goes to `accuracy`.
-std::vector<float> learn_preferences(tl::Trainer<tl::any_llama>& trainer, const Options& o, std::vector<tl::PreferencePair> pairs, std::int64_t steps, float& accuracy,
+template <class D>
+std::vector<float> learn_preferences(tl::Trainer<tl::any_llama, D>& trainer, const Options& o, std::vector<tl::PreferencePair> pairs, std::int64_t steps, float& accuracy,
                                      double& rate) {
   std::vector<tl::PairLogProbabilities> reference;
   for (const tl::PreferencePair& p : pairs) reference.push_back(tl::log_probabilities(trainer, p));
@@ -159,24 +161,24 @@ std::vector<float> learn_preferences(tl::Trainer<tl::any_llama>& trainer, const 
   return epochs;
 }
 
-void save(tl::Trainer<tl::any_llama>& trainer, const Options& o, const tl::Checkpoint& file, const tl::Vocabulary& vocabulary) {
-  const std::vector<float> all = o.full && trainer.sharding() == tl::Sharding::fsdp ? trainer.whole(trainer.weights()) : std::vector<float>();
-  std::span<const float> learned = trainer.weights();  // collective, as are the others; behind them rank 0 is alone
-  if (!all.empty()) learned = all;
-  if (trainer.peers()) trainer.peers()->finish_sharing_weights();
+template <class D>
+void save(tl::Trainer<tl::any_llama, D>& trainer, const Options& o, const tl::Checkpoint& file, const tl::Vocabulary& vocabulary) {
+  // Collective; behind them rank 0 is alone.
+  const tl::HostArray weights = o.full ? trainer.whole_host(trainer.weights()) : trainer.host(trainer.weights());
+  const tl::HostArray adapters = o.full ? tl::HostArray() : trainer.whole_host(trainer.adapters());
   if (!o.ranks.first()) return;
   const std::filesystem::path tokenizer = file.gguf() ? std::filesystem::path() : file.folder();
   const tl::any_llama& c = trainer.config();
-  const auto write = [&](const std::string& path, std::span<const float> weights) {
-    const tl::FlatModel model(c, weights, tokenizer);
+  const auto write = [&](const std::string& path, std::span<const float> values) {
+    const tl::FlatModel model(c, values, tokenizer);
     if (path.ends_with(".gguf")) return tl::save_gguf(model, path, {.mixture = tl::Format::f16, .vocabulary = &vocabulary});
     tl::save_safetensors(model, path, {.format = tl::Format::f32});
   };
-  if (o.full) return write(o.out, learned);
-  tl::save_adapters(o.out, c, *trainer.options().lora, trainer.adapters(), o.model);
+  if (o.full) return write(o.out, weights.values);
+  tl::save_adapters(o.out, c, *trainer.options().lora, adapters.values, o.model);
   if (o.merged.empty()) return;
-  tl::merge_adapters(trainer.device(), c, *trainer.options().lora, trainer.weights(), trainer.adapters());
-  write(o.merged, trainer.weights());
+  tl::merge_adapters(tl::Cpu(), c, *trainer.options().lora, weights.values, adapters.values);
+  write(o.merged, weights.values);
 }
 
 }  // namespace
@@ -207,19 +209,21 @@ int main(int argc, char** argv) {
     const std::size_t units = o.dpo ? pairs.size() : tl::pack_samples(samples, {.tokens = o.tokens}).rows.size();
     const auto steps = static_cast<std::int64_t>((units + static_cast<std::size_t>(o.batch) - 1) / static_cast<std::size_t>(o.batch)) * o.epochs;
 
-    tl::Cpu dev({.threads = o.ranks.threads(o.optimizer.threads), .kernels = nullptr});
-    tl::Trainer<tl::any_llama> trainer(dev, file, o.trainer(steps), file.config, o.ranks.peers(dev));
-    float accuracy = 0;
-    double rate = 0;
-    const std::vector<float> losses = o.dpo ? learn_preferences(trainer, o, std::move(pairs), steps, accuracy, rate) : learn_answers(trainer, o, samples, steps, rate);
-    save(trainer, o, file, tokenizer->vocabulary());
-    if (!o.ranks.first()) return;
-    if (o.as_json) {
-      nlohmann::json j{{"losses", losses}, {"steps", trainer.steps()}, {"dropped", dropped}, {"tokens_per_second", rate}, {"peak_bytes", example::status_bytes("VmHWM")}};
-      if (o.dpo) j["accuracy"] = accuracy;
-      std::cout << j << '\n';
-    } else {
-      std::cout << "mean loss of the first epoch " << losses.front() << ", of the last " << losses.back() << "; saved in " << o.out << '\n';
-    }
+    o.optimizer.with_device(o.ranks, [&]<class D>(D& dev) {
+      const auto peers = o.ranks.peers(dev);
+      tl::Trainer<tl::any_llama, D> trainer(dev, file, o.trainer(steps), file.config, peers.get());
+      float accuracy = 0;
+      double rate = 0;
+      const std::vector<float> losses = o.dpo ? learn_preferences(trainer, o, std::move(pairs), steps, accuracy, rate) : learn_answers(trainer, o, samples, steps, rate);
+      save(trainer, o, file, tokenizer->vocabulary());
+      if (!o.ranks.first()) return;
+      if (o.as_json) {
+        nlohmann::json j{{"losses", losses}, {"steps", trainer.steps()}, {"dropped", dropped}, {"tokens_per_second", rate}, {"peak_bytes", example::status_bytes("VmHWM")}};
+        if (o.dpo) j["accuracy"] = accuracy;
+        std::cout << j << '\n';
+      } else {
+        std::cout << "mean loss of the first epoch " << losses.front() << ", of the last " << losses.back() << "; saved in " << o.out << '\n';
+      }
+    });
   });
 }

@@ -109,14 +109,16 @@ tl::Schedule make_schedule(const Options& o, std::int64_t steps) {
 }
 
 /// Whether a rank was asked to stop: then all do, behind the same step.
-bool stopping(tl::Peers<tl::Cpu>* peers) {
+template <class D>
+bool stopping(tl::Peers<D>* peers) {
   double asked = stop_asked;
   if (peers) peers->most({&asked, 1});
   return asked > 0;
 }
 
 /// The loop of train/run.hpp, with a log on rank 0 (`files`).
-nlohmann::json train(tl::TrainingRun<tl::any_llama>& run, tl::Peers<tl::Cpu>* peers, const tl::DataLoader& data, double flops_per_token, double peak,
+template <class D>
+nlohmann::json train(tl::TrainingRun<tl::any_llama, D>& run, tl::Peers<D>* peers, const tl::DataLoader& data, double flops_per_token, double peak,
                      std::optional<example::RunFiles>& files, const Options& o) {
   example::RunDisplay display(o.as_json || !files, o.log_every);
   example::RunRow row{.steps = run.total_steps()};
@@ -188,50 +190,52 @@ void pretrain(Options& o) {
     schedule.schedule = make_schedule(o, how.steps);
   }
 
-  tl::Cpu dev({.threads = o.ranks.threads(o.optimizer.threads), .kernels = nullptr});
-  tl::Peers<tl::Cpu>* const peers = o.ranks.peers(dev);
   learning.schedule = schedule, learning.tokens = T;
-  using Trainer = tl::Trainer<tl::any_llama>;
-  Trainer trainer = file ? Trainer(dev, *file, learning, config, peers) : Trainer(dev, learning, config, peers);
-  tl::TrainingRun<tl::any_llama> run(trainer, data, validation ? &*validation : nullptr, how);
-  const bool resumed = run.resume();
-  if (o.resume && !resumed) throw tl::Error(how.folder.string(), "", "a checkpoint to resume from", "none");
-  const bool shows = o.ranks.first();
-  if (shows) fs::create_directories(how.folder);
+  o.optimizer.with_device(o.ranks, [&]<class D>(D& dev) {
+    const auto shared = o.ranks.peers(dev);
+    tl::Peers<D>* const peers = shared.get();
+    using Trainer = tl::Trainer<tl::any_llama, D>;
+    Trainer trainer = file ? Trainer(dev, *file, learning, config, peers) : Trainer(dev, learning, config, peers);
+    tl::TrainingRun<tl::any_llama, D> run(trainer, data, validation ? &*validation : nullptr, how);
+    const bool resumed = run.resume();
+    if (o.resume && !resumed) throw tl::Error(how.folder.string(), "", "a checkpoint to resume from", "none");
+    const bool shows = o.ranks.first();
+    if (shows) fs::create_directories(how.folder);
 
-  const auto or_in_folder = [&](const fs::path& p, const char* name) { return p.empty() ? how.folder / name : p; };
-  const std::string name = std::to_string(tl::parameter_count(config) / 1000) + "k parameters, " + std::to_string(config.layers) + " layers of " +
-                           std::to_string(config.hidden);
-  std::optional<example::RunFiles> files;
-  if (shows)
-    files.emplace(example::RunFiles::Paths{or_in_folder(o.files.csv, "log.csv"), or_in_folder(o.files.svg, "loss.svg"), o.files.tensorboard}, "Pretraining: " + name,
-                  resumed ? std::optional(run.steps()) : std::nullopt);
-  const double peak = o.peak_gflops > 0 ? o.peak_gflops * 1e9 : o.ranks.size() * example::measured_peak(dev, learning.precision);
-  tl::any_llama seen = config;  // attention reaches T far, whatever the model's context
-  seen.context = static_cast<int>(T);
-  if (!o.as_json && shows)
-    std::cout << name << "; " << run.total_steps() << " steps" << (resumed ? " from checkpoint " + std::to_string(run.steps()) : "") << "; "
-              << (o.ranks.size() > 1 ? std::to_string(o.ranks.size()) + " ranks (" + o.ranks.parallel() + ") of " : "") << dev.threads() << " threads, " << dev.instruction_set() << ", " << o.optimizer.precision << " peak "
-              << std::llround(peak * 1e-9) << " GFLOP/s" << std::endl;
+    const auto or_in_folder = [&](const fs::path& p, const char* name) { return p.empty() ? how.folder / name : p; };
+    const std::string name = std::to_string(tl::parameter_count(config) / 1000) + "k parameters, " + std::to_string(config.layers) + " layers of " +
+                             std::to_string(config.hidden);
+    std::optional<example::RunFiles> files;
+    if (shows)
+      files.emplace(example::RunFiles::Paths{or_in_folder(o.files.csv, "log.csv"), or_in_folder(o.files.svg, "loss.svg"), o.files.tensorboard}, "Pretraining: " + name,
+                    resumed ? std::optional(run.steps()) : std::nullopt);
+    const double peak = o.peak_gflops > 0 ? o.peak_gflops * 1e9 : o.ranks.size() * example::measured_peak(dev, trainer.options().precision);
+    tl::any_llama seen = config;  // attention reaches T far, whatever the model's context
+    seen.context = static_cast<int>(T);
+    if (!o.as_json && shows)
+      std::cout << name << "; " << run.total_steps() << " steps" << (resumed ? " from checkpoint " + std::to_string(run.steps()) : "") << "; "
+                << (o.ranks.size() > 1 ? std::to_string(o.ranks.size()) + " ranks (" + o.ranks.parallel() + ") of " : "") << example::threads_of(dev) << " threads, " << example::instruction_set(dev) << ", " << o.optimizer.precision << " peak "
+                << std::llround(peak * 1e-9) << " GFLOP/s" << std::endl;
 
-  nlohmann::json summary = train(run, peers, data, static_cast<double>(tl::training_flops_per_token(seen)), peak, files, o);
-  if (!shows) return;
-  const auto newest = tl::latest_checkpoint(how.folder);
-  const std::int64_t micro = learning.micro_rows > 0 ? learning.micro_rows : (o.batch + o.ranks.size() - 1) / o.ranks.size();
-  const tl::TrainingPlan plan = tl::training_plan(config, {.batch = micro, .tokens = T, .checkpointing = learning.checkpointing,
-                                                           .precision = learning.precision, .threads = dev.threads(), .sharding = o.ranks.sharding(),
-                                                           .ranks = o.ranks.size()});
-  summary.update({{"checkpoint", newest ? newest->string() : ""}, {"resumed", resumed}, {"parameters", tl::parameter_count(config)},
-                  {"peak_flops", peak}, {"threads", dev.threads()}, {"ranks", o.ranks.size()}, {"instruction_set", dev.instruction_set()}, {"peak_bytes", example::status_bytes("VmHWM")},
-                  {"planned_bytes", plan.total()}});
-  if (o.as_json) {
-    std::cout << summary << '\n';
-    return;
-  }
-  std::cout << summary["tokens"] << " tokens";
-  if (const double rate = summary["tokens_per_second"]; rate > 0) std::cout << " at " << std::llround(rate) << " a second";
-  if (!summary["validation_loss"].is_null()) std::cout << "; validation loss " << summary["validation_loss"];
-  std::cout << "; " << (newest ? newest->string() : "no checkpoint") << '\n';
+    nlohmann::json summary = train(run, peers, data, static_cast<double>(tl::training_flops_per_token(seen)), peak, files, o);
+    if (!shows) return;
+    const auto newest = tl::latest_checkpoint(how.folder);
+    const std::int64_t micro = learning.micro_rows > 0 ? learning.micro_rows : (o.batch + o.ranks.size() - 1) / o.ranks.size();
+    const tl::TrainingPlan plan = tl::training_plan(config, {.batch = micro, .tokens = T, .checkpointing = learning.checkpointing,
+                                                             .precision = trainer.options().precision, .threads = example::threads_of(dev), .sharding = o.ranks.sharding(),
+                                                             .ranks = o.ranks.size()});
+    summary.update({{"checkpoint", newest ? newest->string() : ""}, {"resumed", resumed}, {"parameters", tl::parameter_count(config)},
+                    {"peak_flops", peak}, {"threads", example::threads_of(dev)}, {"ranks", o.ranks.size()}, {"instruction_set", example::instruction_set(dev)}, {"peak_bytes", example::status_bytes("VmHWM")},
+                    {"planned_bytes", plan.total()}});
+    if (o.as_json) {
+      std::cout << summary << '\n';
+      return;
+    }
+    std::cout << summary["tokens"] << " tokens";
+    if (const double rate = summary["tokens_per_second"]; rate > 0) std::cout << " at " << std::llround(rate) << " a second";
+    if (!summary["validation_loss"].is_null()) std::cout << "; validation loss " << summary["validation_loss"];
+    std::cout << "; " << (newest ? newest->string() : "no checkpoint") << '\n';
+  });
 }
 
 }  // namespace

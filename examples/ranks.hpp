@@ -5,14 +5,27 @@
 #if defined(TINYLLAMA_MPI)
 #include <tinyllama/distributed/mpi.hpp>
 #endif
+#if defined(TINYLLAMA_CUDA)
+#include <tinyllama/cuda_training.hpp>
+#include <tinyllama/distributed/nccl.cuh>
+#endif
 
 #include <csignal>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "common.hpp"
 
 namespace example {
+
+/// What a trainer on D asks, and the communicator below it; the device outlives both. get() is null where the trainer is alone.
+template <class D>
+struct TrainerPeers {
+  std::shared_ptr<void> communicator;
+  std::unique_ptr<tinyllama::Peers<D>> peers;
+  tinyllama::Peers<D>* get() const { return peers.get(); }
+};
 
 /// The options, and behind start() the ranks.
 class Ranks {
@@ -27,7 +40,7 @@ class Ranks {
   bool start() {
 #if defined(TINYLLAMA_MPI)
     if (tinyllama::launched_by_mpi()) {
-      mpi_ = std::make_unique<tinyllama::Mpi>(tinyllama::MpiOptions{std::chrono::duration<double>(timeout_)});
+      mpi_ = std::make_shared<tinyllama::Mpi>(tinyllama::MpiOptions{std::chrono::duration<double>(timeout_)});
       rank_ = mpi_->rank(), size_ = mpi_->size(), neighbours_ = mpi_->ranks_on_these_cores();
       // When a rank dies, mpirun asks the others to end, and a second later kills them: time to say what happened.
       if (size_ > 1)
@@ -50,17 +63,27 @@ class Ranks {
   /// Threads of this rank, where `wanted` is 0: its part of the cores that it shares with others.
   int threads(int wanted) const { return wanted > 0 ? wanted : std::max(1, tinyllama::available_cores() / neighbours_); }
 
-  /// For a trainer on `dev`; null: it is alone. Lives until the next call.
-  tinyllama::Peers<tinyllama::Cpu>* peers(tinyllama::Cpu& dev) {
+  /// The card of this rank, of `cards`; as many ranks on a machine as it has.
+  int card(int cards) const { return cards > 0 ? rank_ % cards : 0; }
+
+  /// For a trainer on `dev`.
+  template <class D>
+  TrainerPeers<D> peers(D& dev) {
     using namespace tinyllama;
-    peers_.reset();
-    if (sharding() == Sharding::none) return nullptr;
-    const tinyllama::ParallelOptions options{.sharding = sharding()};
+    if (sharding() == Sharding::none) return {};
+    const ParallelOptions options{.sharding = sharding()};
+    const auto over = [&]<class M>(std::shared_ptr<M> m) { return TrainerPeers<D>{m, std::make_unique<Parallel<D, M>>(*m, options)}; };
 #if defined(TINYLLAMA_MPI)
-    if (mpi_) return (peers_ = std::make_unique<Parallel<Cpu, Mpi>>(*mpi_, options)).get();
+    if (mpi_) {
+      if constexpr (D::host_memory) return over(std::shared_ptr<Mpi>(mpi_));
+#if defined(TINYLLAMA_CUDA) && defined(TINYLLAMA_NCCL)
+      else return over(std::make_shared<Nccl<Mpi>>(*mpi_, dev.card(), dev.stream(), NcclOptions{std::chrono::duration<double>(timeout_)}));
+#else
+      else throw Error("--device", "cuda", "a program built with NCCL, for several ranks", "one without");
 #endif
-    single_ = std::make_unique<Single<Cpu>>(dev);
-    return (peers_ = std::make_unique<Parallel<Cpu, Single<Cpu>>>(*single_, options)).get();
+    }
+#endif
+    return over(std::make_shared<Single<D>>(dev));
   }
 
   /// Of `n` things in a row, this rank's.
@@ -74,10 +97,8 @@ class Ranks {
   double timeout_ = 25;
   int rank_ = 0, size_ = 1, neighbours_ = 1;
 #if defined(TINYLLAMA_MPI)
-  std::unique_ptr<tinyllama::Mpi> mpi_;
+  std::shared_ptr<tinyllama::Mpi> mpi_;
 #endif
-  std::unique_ptr<tinyllama::Single<tinyllama::Cpu>> single_;
-  std::unique_ptr<tinyllama::Peers<tinyllama::Cpu>> peers_;
 };
 
 }  // namespace example

@@ -24,17 +24,22 @@ inline double seconds_since(std::chrono::steady_clock::time_point start) {
 }
 
 /// FLOP/s of the best of a few large matrix products, some 0.3 s of them: what this machine gives while others may be using it too.
-inline double measured_peak(tinyllama::Cpu& dev, tinyllama::Precision precision) {
+template <class D>
+double measured_peak(D& dev, tinyllama::Precision precision) {
   using namespace tinyllama;
-  constexpr index_t m = 512, n = 2048, k = 1024;
-  const std::vector<float> a(m * k, 0.5f), b(n * k, 0.25f);
-  std::vector<float> y(m * n);
+  using A = typename D::activation;
+  constexpr index_t m = D::host_memory ? 512 : 8192, n = D::host_memory ? 2048 : 8192, k = D::host_memory ? 1024 : 8192;
+  std::vector<A> some(static_cast<std::size_t>(std::max(m, n) * k));
+  for (std::size_t i = 0; i < some.size(); ++i) some[i] = static_cast<A>(static_cast<float>(i * 2654435761u % 65536) / 65536.0f - 0.5f);
+  const Memory<D> operands(dev, some.size() * sizeof(A)), product(dev, static_cast<std::size_t>(m * n) * sizeof(A));
+  dev.upload(operands.data(), some.data(), some.size() * sizeof(A));
+  const auto* in = reinterpret_cast<const A*>(operands.data());
   double best = 0;
   const auto start = std::chrono::steady_clock::now();
   for (int i = 0; i < 3 || seconds_since(start) < 0.3; ++i) {
     const auto begin = std::chrono::steady_clock::now();
-    gemm(dev, View<float, dyn, dyn>(y.data(), {m, n}), View<const float, dyn, dyn>(a.data(), {m, k}), View<const float, dyn, dyn>(b.data(), {n, k}),
-         {.bf16 = precision == Precision::bf16});
+    gemm(dev, View<A, dyn, dyn>(reinterpret_cast<A*>(product.data()), {m, n}), View<const A, dyn, dyn>(in, {m, k}), View<const A, dyn, dyn>(in, {n, k}), {.bf16 = precision == Precision::bf16});
+    if constexpr (!D::host_memory) dev.synchronize();
     best = std::max(best, 2.0 * m * n * k / seconds_since(begin));
   }
   return best;

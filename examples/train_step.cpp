@@ -70,31 +70,33 @@ int main(int argc, char** argv) {
       return std::span(all).subspan(static_cast<std::size_t>(rows.begin) * ids.shape(1), static_cast<std::size_t>(rows.size()) * ids.shape(1));
     };
     const tl::Checkpoint file = tl::open_checkpoint(model);
-    tl::Cpu dev({.threads = ranks.threads(options.threads), .kernels = nullptr});
-    tl::TrainerOptions how = options.parsed();
-    how.tokens = static_cast<tl::index_t>(ids.shape(1));
-    tl::Trainer<tl::any_llama> trainer(dev, file, how, file.config, ranks.peers(dev));
+    options.with_device(ranks, [&]<class D>(D& dev) {
+      tl::TrainerOptions how = options.parsed();
+      how.tokens = static_cast<tl::index_t>(ids.shape(1));
+      const auto peers = ranks.peers(dev);
+      tl::Trainer<tl::any_llama, D> trainer(dev, file, how, file.config, peers.get());
 
-    std::vector<float> losses, norms;
-    double seconds = 0;  // of the steps behind the first, which takes its memory
-    for (int i = 0; i < steps; ++i) {
-      const auto start = std::chrono::steady_clock::now();
-      losses.push_back(trainer.step(mine(inputs), mine(targets)));
-      if (i > 0 || steps == 1) seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-      norms.push_back(trainer.report().gradient_norm);
-      if (i == 0 && !gradients.empty())
-        if (const std::vector<float> all = trainer.whole_gradients(); ranks.first()) example::write_parameters(gradients, file.config, all);
-      if (!as_json && ranks.first()) std::cout << "step " << i + 1 << "  loss " << losses.back() << "  gradient norm " << norms.back() << std::endl;
-    }
-    if (!save.empty())
-      if (const std::vector<float> all = trainer.whole(trainer.weights()); ranks.first())
-        tl::save_safetensors(tl::FlatModel(file.config, all, file.folder()), save, {.format = tl::Format::f32});
-    if (!ranks.first()) return;
-    const double rate = static_cast<double>(inputs.size()) * std::max(1, steps - 1) / seconds;
-    if (as_json)
-      std::cout << nlohmann::json{{"losses", losses}, {"gradient_norms", norms}, {"tokens_per_second", rate}, {"peak_bytes", example::status_bytes("VmHWM")},
-                                  {"instruction_set", dev.instruction_set()}, {"precision", options.precision}, {"threads", dev.threads()},
-                                  {"ranks", ranks.size()}, {"parallel", ranks.parallel()}, {"trainer_bytes", trainer.bytes()}} << '\n';
-    else std::cout << rate << " tokens/s\n";
+      std::vector<float> losses, norms;
+      double seconds = 0;  // of the steps behind the first, which takes its memory
+      for (int i = 0; i < steps; ++i) {
+        const auto start = std::chrono::steady_clock::now();
+        losses.push_back(trainer.step(mine(inputs), mine(targets)));
+        if (i > 0 || steps == 1) seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        norms.push_back(trainer.report().gradient_norm);
+        if (i == 0 && !gradients.empty())
+          if (const std::vector<float> all = trainer.whole_gradients(); ranks.first()) example::write_parameters(gradients, file.config, all);
+        if (!as_json && ranks.first()) std::cout << "step " << i + 1 << "  loss " << losses.back() << "  gradient norm " << norms.back() << std::endl;
+      }
+      if (!save.empty())
+        if (const std::vector<float> all = trainer.whole(trainer.weights()); ranks.first())
+          tl::save_safetensors(tl::FlatModel(file.config, all, file.folder()), save, {.format = tl::Format::f32});
+      if (!ranks.first()) return;
+      const double rate = static_cast<double>(inputs.size()) * std::max(1, steps - 1) / seconds;
+      if (as_json)
+        std::cout << nlohmann::json{{"losses", losses}, {"gradient_norms", norms}, {"tokens_per_second", rate}, {"peak_bytes", example::status_bytes("VmHWM")},
+                                    {"instruction_set", example::instruction_set(dev)}, {"precision", options.precision}, {"threads", example::threads_of(dev)},
+                                    {"ranks", ranks.size()}, {"parallel", ranks.parallel()}, {"trainer_bytes", trainer.bytes()}} << '\n';
+      else std::cout << rate << " tokens/s\n";
+    });
   });
 }

@@ -17,6 +17,7 @@ namespace tinyllama {
 struct GemmOptions {
   bool bf16 = false;
   bool accumulate = false;  ///< y += rather than y =
+  bool fp8 = false;         ///< operands of a learned matrix in 8-bit floats, where the device has them
 };
 
 /// How the columns of qkv [T, (heads + 2 kv_heads) head_dim] are heads.
@@ -154,6 +155,9 @@ inline void flash_attention(Cpu& dev, View<float, dyn, dyn> out, View<float, dyn
   });
 }
 
+/// Floats that flash_attention_backward needs beside its results.
+constexpr index_t flash_backward_floats(const Cpu*, index_t T, const HeadShape& shape) { return 2 * T * shape.heads * shape.head_dim; }
+
 /// dqkv [T, (heads + 2 kv_heads) head_dim] from d_out, and out and lse as the forward pass left them. `heads_kv`: memory for
 /// 2 T heads head_dim floats, where each query head leaves its gradient of K and V before those that share a head are summed.
 inline void flash_attention_backward(Cpu& dev, View<float, dyn, dyn> dqkv, View<const float, dyn, dyn> d_out, View<const float, dyn, dyn> qkv,
@@ -183,10 +187,12 @@ inline void flash_attention_backward(Cpu& dev, View<float, dyn, dyn> dqkv, View<
   });
 }
 
-/// dx [T, n] += the gradient of rmsnorm's input; dgain [n] += that of its gain (null: not wanted). x is the norm's input; `rms` holds T floats.
-inline void rmsnorm_backward(Cpu& dev, View<float, dyn, dyn> dx, View<const float, dyn, dyn> dy, View<const float, dyn, dyn> x, const float* gain, float* dgain,
-                             float eps, float* rms) {
+/// dx [T, n] += the gradient of rmsnorm's input; dgain [n] += that of its gain (null: not wanted). x is the norm's input; `rms` holds T floats. The second
+/// view is dx as products read it, here dx itself. The last receives the norm once more (of no rows: not wanted).
+inline void rmsnorm_backward(Cpu& dev, View<float, dyn, dyn> dx, View<float, dyn, dyn>, View<const float, dyn, dyn> dy, View<const float, dyn, dyn> x, const float* gain, float* dgain,
+                             float eps, float* rms, View<float, dyn, dyn> normed) {
   const TrainingKernels& kernels = training_kernels(dev);
+  if (normed.extent(0) > 0) dev.rmsnorm(normed, x, gain, eps);
   const index_t T = dx.extent(0), n = dx.extent(1);
   detail::each_row(dev, T, n, [&](index_t t) { kernels.rmsnorm_backward(detail::row_of(dx, t), detail::row_of(dy, t), detail::row_of(x, t), gain, n, eps, rms + t); });
   if (!dgain) return;
@@ -195,10 +201,11 @@ inline void rmsnorm_backward(Cpu& dev, View<float, dyn, dyn> dx, View<const floa
   });
 }
 
-/// The gradients of swiglu's gate and up [T, ffn] from dh; they may take the places of gate and up.
+/// The gradients of swiglu's gate and up [T, ffn] from dh; they may take the places of gate and up. h receives swiglu once more (of no rows: not wanted).
 inline void swiglu_backward(Cpu& dev, View<float, dyn, dyn> dgate, View<float, dyn, dyn> dup, View<const float, dyn, dyn> dh, View<const float, dyn, dyn> gate,
-                            View<const float, dyn, dyn> up) {
+                            View<const float, dyn, dyn> up, View<float, dyn, dyn> h) {
   const TrainingKernels& kernels = training_kernels(dev);
+  if (h.extent(0) > 0) dev.swiglu(h, gate, up);
   detail::each_row(dev, dh.extent(0), dh.extent(1), [&](index_t t) {
     kernels.swiglu_backward(detail::row_of(dgate, t), detail::row_of(dup, t), detail::row_of(dh, t), detail::row_of(gate, t), detail::row_of(up, t), dh.extent(1));
   });
@@ -236,6 +243,28 @@ inline void adamw(Cpu& dev, const AdamwTask& task) {
     kernels.adamw(t);
   });
 }
+
+/// The same on the ranges that make up the flat arrays of `task`, of which task.decay is where a range decays. Products read the weights themselves.
+inline void adamw(Cpu& dev, const AdamwTask& task, std::span<const AdamwRange> ranges, float*) {
+  AdamwTask t = task;
+  for (const AdamwRange& r : ranges) {
+    t.n = r.n, t.decay = r.decays ? task.decay : 0.0f;
+    adamw(dev, t);
+    t.p += r.n, t.m += r.n, t.v += r.n, t.gradient += r.n;
+  }
+}
+
+/// The weights as products read them: here themselves.
+inline void round_to(Cpu&, float*, const float*, index_t) {}
+
+/// Rows of logits that are there at a time: 64 MB of TinyLlama's.
+constexpr index_t default_logits_rows(const Cpu*) { return 512; }
+
+/// Bytes of the host to the device.
+inline void send(const Cpu& dev, void* to, const void* from, std::size_t bytes) { dev.upload(to, from, bytes); }
+
+/// x [T, n] += y
+inline void add(Cpu& dev, View<float, dyn, dyn> x, View<const float, dyn, dyn> y) { dev.add(x, y); }
 
 /// Sum of x_i^2, in stretches whose sums are added in their order.
 inline double sum_of_squares(Cpu& dev, const float* x, index_t n) {

@@ -24,6 +24,9 @@
 
 namespace tinyllama {
 
+template <class A>
+class CudaTraining;  // device/cuda_training.cuh
+
 /// One card, one stream, activations of type A between products (bf16, or float for exactness). One thread at a time may call its operations, which return
 /// before their work is done; models and sessions refer to the device and must not outlive it. Any number of devices may share a card.
 template <class A>
@@ -68,6 +71,7 @@ class CudaDevice {
   /// 90 for compute capability 9.0
   int capability() const { return capability_; }
   cudaStream_t stream() const { return stream_.get(); }
+  cudaMemPool_t pool() const { return pool_.get(); }
   /// Waits for all that was asked for.
   void synchronize() const { stream_.synchronize(); }
 
@@ -254,6 +258,9 @@ class CudaDevice {
   PlanOnCard few_, many_;  // of the last batch, where attention was asked for: sequences of few and of many new rows
   bool planned_ = false;
   cuda::PoolMemory counters_;
+
+ public:
+  std::shared_ptr<CudaTraining<A>> training;  ///< what training keeps, made at its first operation
 };
 
 using Cuda = CudaDevice<bf16>;

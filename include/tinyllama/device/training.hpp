@@ -6,22 +6,31 @@
 
 namespace tinyllama {
 
-/// T rows; d[x] is the gradient of the loss by x. Every function here is found by the device's type.
+/// T rows; d[x] is the gradient of the loss by x; A is D::activation. Every function here is found by the device's type. Pointers and views are of the device's
+/// memory; spans of the host's, but for targets.
 template <class D>
-concept TrainingDevice = Device<D> && requires(D& dev, View<float, dyn, dyn> out, View<const float, dyn, dyn> in, float* vector, const float* values,
-                                               std::span<const std::int32_t> ids, std::span<const Sequence> batch, const AdamwTask& adam) {
+concept TrainingDevice = Device<D> && requires(D& dev, View<typename D::activation, dyn, dyn> out, View<const typename D::activation, dyn, dyn> in, View<float, dyn, dyn> sums,
+                                               View<const float, dyn, dyn> stream, typename D::activation* rounded, float* vector, const float* values,
+                                               std::span<const std::int32_t> ids, std::span<const Sequence> batch, const AdamwTask& adam, std::span<const AdamwRange> ranges) {
   gemm(dev, out, in, in, GemmOptions{});                                              // [M, N] (+)= [M, K] [N, K]^T
-  flash_attention(dev, out, out, in, batch, HeadShape{}, GemmOptions{});              // [T, heads head_dim], lse [T, heads] from qkv
-  flash_attention_backward(dev, out, in, in, in, in, batch, HeadShape{}, vector, GemmOptions{});
-  rmsnorm_backward(dev, out, in, in, values, vector, 1e-5f, vector);                  // dx [T, n] +=, dgain [n] +=
-  swiglu_backward(dev, out, out, in, in, in);                                         // [T, ffn]
+  gemm(dev, sums, in, in, GemmOptions{});
+  flash_attention(dev, out, sums, in, batch, HeadShape{}, GemmOptions{});             // [T, heads head_dim], lse (T heads floats, in the device's order) from qkv
+  flash_attention_backward(dev, out, in, in, in, stream, batch, HeadShape{}, vector, GemmOptions{});
+  { flash_backward_floats(static_cast<const D*>(nullptr), index_t{}, HeadShape{}) } -> std::same_as<index_t>;  // of that vector
+  rmsnorm_backward(dev, sums, out, in, stream, values, vector, 1e-5f, vector, out);   // dx [T, n] +=, dx rounded, dgain [n] +=, and the norm again
+  swiglu_backward(dev, out, out, in, in, in, out);                                    // [T, ffn], and swiglu again
   cross_entropy(dev, out, in, ids, values, vector);                                   // losses [T], gradient [T, vocab]
-  embedding_backward(dev, out, ids, in);                                              // [vocab, hidden] +=
-  adamw(dev, adam);
+  embedding_backward(dev, sums, ids, stream);                                         // [vocab, hidden] +=
+  adamw(dev, adam, ranges, rounded);
+  round_to(dev, rounded, values, index_t{});                                          // [n]
   { sum_of_squares(dev, values, index_t{}) } -> std::same_as<double>;
   fill(dev, vector, index_t{}, 0.0f);
   scale(dev, out, 1.0f);                                                              // [T, n] *=
+  scale(dev, sums, 1.0f);
+  add(dev, out, in);                                                                  // [T, n] +=
   dropout(dev, out, in, 0.1f, std::uint64_t{});                                       // [T, n]
+  send(dev, vector, values, std::size_t{});                                           // bytes of the host's memory, which may go when it returns, without waiting
+  { default_logits_rows(static_cast<const D*>(nullptr)) } -> std::same_as<index_t>;   // rows of logits at a time
 };
 
 }  // namespace tinyllama

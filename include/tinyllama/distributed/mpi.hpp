@@ -63,6 +63,8 @@ class Mpi {
     check(MPI_Op_create(&fold_bf16<Reduction::sum>, 1, &bf16_sum_), "MPI_Op_create", ""), check(MPI_Op_create(&fold_bf16<Reduction::max>, 1, &bf16_max_), "MPI_Op_create", "");
     meet();
   }
+  /// Sums that are to be under way at once: a nonblocking one takes a temporary copy of its input.
+  static constexpr std::size_t in_flight = 2;
   Mpi(const Mpi&) = delete;
   Mpi& operator=(const Mpi&) = delete;
   /// Waits for the others, unless an Error is on its way: then nobody waits for anybody, and mpirun ends what is left.

@@ -1,12 +1,13 @@
-// Nccl: the communicator of cards, one a rank, over NCCL on a stream of its own beside the device's. Link -lnccl.
+// Nccl: the communicator of cards, one a rank, over NCCL on a stream of its own beside the device's. There where NCCL's header is (TINYLLAMA_NCCL); the library is found at run time.
 //
 // start: this stream waits for what the device's was asked so far, then runs the operation. wait: the device's stream waits for the operation; the host for
 // nothing. A rank that is gone leaves the kernels of the others waiting on the card, and the host behind them: a thread watches, and ends NCCL's work
 // when the ranks' processes, NCCL or the clock say so; the next call throws.
 #pragma once
 
-#include <nccl.h>
+#include "tinyllama/distributed/nccl_api.cuh"
 
+#if defined(TINYLLAMA_NCCL)
 #include <atomic>
 #include <chrono>
 #include <deque>
@@ -36,12 +37,13 @@ class Nccl {
     std::string_view operation = {}, what = {};
   };
 
-  Nccl(Control& control, int card, cudaStream_t device, const NcclOptions& options = {}) : control_(&control), card_(card), device_(device), options_(options), stream_(card) {
+  Nccl(Control& control, int card, cudaStream_t device, const NcclOptions& options = {})
+      : nccl_(&cuda::NcclApi::get()), control_(&control), card_(card), device_(device), options_(options), stream_(card), asked_for_(event_on(card)) {
     ncclUniqueId id{};
-    if (rank() == 0) check(ncclGetUniqueId(&id), "ncclGetUniqueId", "");
+    if (rank() == 0) check(nccl_->get_unique_id(&id), "ncclGetUniqueId", "");
     control.broadcast(std::as_writable_bytes(std::span(&id, 1)), 0, "NCCL's identity");
     const cuda::Current here(card_);
-    check(ncclCommInitRank(&comm_, size(), id, rank()), "ncclCommInitRank", "");
+    check(nccl_->init_rank(&comm_, size(), id, rank()), "ncclCommInitRank", "");
     watch_ = std::thread([this] { watch(); });
   }
   Nccl(const Nccl&) = delete;
@@ -50,38 +52,38 @@ class Nccl {
     stop_ = true;
     watch_.join();
     if (lost_) return;
-    if (std::uncaught_exceptions() > exceptions_) ncclCommAbort(comm_);
-    else cudaStreamSynchronize(stream_.get()), ncclCommDestroy(comm_);
+    if (std::uncaught_exceptions() > exceptions_) nccl_->abort(comm_);
+    else cudaStreamSynchronize(stream_.get()), nccl_->destroy(comm_);
   }
 
   int rank() const { return control_->rank(); }
   int size() const { return control_->size(); }
 
   Request start_all_reduce(void* out, index_t n, Format format, Reduction how, std::string_view what) {
-    return start("all_reduce", what, [&] { return ncclAllReduce(out, out, count(n), type(format), op(how), comm_, stream_.get()); });
+    return start("all_reduce", what, [&] { return nccl_->all_reduce(out, out, count(n), type(format), op(how), comm_, stream_.get()); });
   }
   Request start_reduce_scatter(void* out, const void* in, const Shards& s, Format format, Reduction how, std::string_view what) {
     return start("reduce_scatter", what, [&] {
-      if (even(s)) return ncclReduceScatter(in, out, count(s.chunk), type(format), op(how), comm_, stream_.get());
+      if (even(s)) return nccl_->reduce_scatter(in, out, count(s.chunk), type(format), op(how), comm_, stream_.get());
       return grouped([&](int r) {
         const Interval part = s.of(r);
         if (part.empty()) return ncclSuccess;
-        return ncclReduce(static_cast<const std::byte*>(in) + row_bytes(format, part.begin), r == rank() ? out : nullptr, count(part.size()), type(format), op(how), r, comm_, stream_.get());
+        return nccl_->reduce(static_cast<const std::byte*>(in) + row_bytes(format, part.begin), r == rank() ? out : nullptr, count(part.size()), type(format), op(how), r, comm_, stream_.get());
       });
     });
   }
   Request start_all_gather(void* out, const void* in, const Shards& s, Format format, std::string_view what) {
     return start("all_gather", what, [&] {
-      if (even(s)) return ncclAllGather(in, out, count(s.chunk), type(format), comm_, stream_.get());
+      if (even(s)) return nccl_->all_gather(in, out, count(s.chunk), type(format), comm_, stream_.get());
       return grouped([&](int r) {
         const Interval part = s.of(r);
         if (part.empty()) return ncclSuccess;
-        return ncclBroadcast(in, static_cast<std::byte*>(out) + row_bytes(format, part.begin), count(part.size()), type(format), r, comm_, stream_.get());
+        return nccl_->broadcast(in, static_cast<std::byte*>(out) + row_bytes(format, part.begin), count(part.size()), type(format), r, comm_, stream_.get());
       });
     });
   }
   Request start_broadcast(void* out, index_t n, Format format, int root, std::string_view what) {
-    return start("broadcast", what, [&] { return ncclBroadcast(out, out, count(n), type(format), root, comm_, stream_.get()); });
+    return start("broadcast", what, [&] { return nccl_->broadcast(out, out, count(n), type(format), root, comm_, stream_.get()); });
   }
   void wait(Request& r) {
     if (r.event == none) return;
@@ -124,14 +126,14 @@ class Nccl {
   std::string where() const { return "NCCL rank " + std::to_string(rank()) + " of " + std::to_string(size()); }
   void check(ncclResult_t result, std::string_view operation, std::string_view what) const {
     if (result == ncclSuccess || result == ncclInProgress) return;
-    throw Error(where(), std::string(operation) + (what.empty() ? "" : " of ") + std::string(what), "success", ncclGetErrorString(result));
+    throw Error(where(), std::string(operation) + (what.empty() ? "" : " of ") + std::string(what), "success", nccl_->error_string(result));
   }
   /// f(rank) for all ranks, as one operation.
   template <class F>
   ncclResult_t grouped(F&& f) {
-    ncclResult_t result = ncclGroupStart();
+    ncclResult_t result = nccl_->group_start();
     for (int r = 0; r < size() && result == ncclSuccess; ++r) result = f(r);
-    const ncclResult_t end = ncclGroupEnd();
+    const ncclResult_t end = nccl_->group_end();
     return result == ncclSuccess ? end : result;
   }
 
@@ -185,7 +187,7 @@ class Nccl {
         expected = "rank " + std::to_string(*gone) + " to take part", found = "its process has ended";
       }
       ncclResult_t state = ncclSuccess;
-      if (ncclCommGetAsyncError(comm_, &state) == ncclSuccess && state != ncclSuccess && state != ncclInProgress) expected = "success", found = ncclGetErrorString(state);
+      if (nccl_->async_error(comm_, &state) == ncclSuccess && state != ncclSuccess && state != ncclInProgress) expected = "success", found = nccl_->error_string(state);
       if (const std::optional<Asked> late = overdue()) {
         expected = "all ranks to take part in " + std::string(late->operation) + " of " + std::string(late->what) + " within " +
                    std::to_string(static_cast<int>(options_.timeout.count())) + " s";
@@ -197,7 +199,7 @@ class Nccl {
         expected_ = expected, found_ = found;
       }
       lost_ = true;
-      ncclCommAbort(comm_);  // its kernels end, and the streams go on
+      nccl_->abort(comm_);  // its kernels end, and the streams go on
       return;
     }
   }
@@ -209,6 +211,12 @@ class Nccl {
     return asked_.front();
   }
 
+  static cuda::Event event_on(int card) {
+    const cuda::Current here(card);
+    return cuda::Event();
+  }
+
+  const cuda::NcclApi* nccl_;
   Control* control_;
   int card_;
   cudaStream_t device_;
@@ -227,3 +235,4 @@ class Nccl {
 };
 
 }  // namespace tinyllama
+#endif

@@ -24,8 +24,8 @@ struct ParallelOptions {
   Sharding sharding = Sharding::ddp;
   /// ddp: parts are summed together until they have so many bytes, since a message has a cost of its own: 25 MB take some 0.1 ms over NVLink, ten times that.
   std::size_t bucket_bytes = std::size_t{25} << 20;
-  /// ddp, zero1: so many sums are under way at once; Open MPI takes a temporary copy of each (fsdp has two by its buffers).
-  std::size_t in_flight = 2;
+  /// ddp, zero1: so many sums are under way at once, 0: as many as the communicator likes (fsdp has two by its buffers).
+  std::size_t in_flight = 0;
 };
 
 /// Serves one trainer at a time; communicator, and device of the trainer, outlive it.
@@ -34,6 +34,7 @@ class Parallel final : public Peers<D>, private PassHooks {
   using Request = typename M::Request;
   using Arrays = typename Peers<D>::Arrays;
   using Place = typename Peers<D>::Place;
+  using A = typename D::activation;  // of gathered weights
 
  public:
   explicit Parallel(M& communicator, const ParallelOptions& options = {}) : m_(&communicator), options_(options) {
@@ -61,11 +62,11 @@ class Parallel final : public Peers<D>, private PassHooks {
       largest = std::max(largest, p.shards(i).chunk * p.ranks()), largest_shard = std::max(largest_shard, p.shards(i).chunk);
     }
     part_floats_ = largest;
-    if (zero1()) summed_ = floats(p.own_size());
+    if (zero1()) summed_ = zeros(p.own_size());
     if (!fsdp()) return;
     const auto n = static_cast<std::size_t>(fsdp_buffers(arrays_.tied));
     for (std::size_t i = 0; i < n; ++i) {
-      values_[i].memory = floats(largest), values_[i].part = -1;
+      values_[i].memory = Memory<D>(*dev_, static_cast<std::size_t>(largest) * sizeof(A)), values_[i].part = -1;
       gradients_[i].memory = floats(largest), gradients_[i].part = -1;
       addends_[i] = floats(largest_shard);
     }
@@ -75,6 +76,7 @@ class Parallel final : public Peers<D>, private PassHooks {
   void detach() noexcept override {
     if (std::uncaught_exceptions() > 0) return;  // the others may be waiting for us no more
     try {
+      m_->wait(gains_);
       for (auto* requests : {&gather_, &reduce_})
         for (Request& r : *requests) m_->wait(r);
       for (auto* buffers : {&values_, &gradients_})
@@ -108,24 +110,26 @@ class Parallel final : public Peers<D>, private PassHooks {
 
   void begin_sharing_weights() override {
     changed_ = true;
+    finish_sharing_weights();
+    if (!arrays_.gains.empty()) gains_ = m_->start_all_reduce(arrays_.gains.data(), static_cast<index_t>(arrays_.gains.size()), Format::f32, Reduction::sum, "gains");
     if (!zero1()) return;
     for (int i = 0; i < arrays_.partition.parts(); ++i) {
       const Interval part = arrays_.partition.part(i);
       if (!part.empty())
-        gather_[static_cast<std::size_t>(i)] = m_->start_all_gather(arrays_.values + part.begin, arrays_.values + arrays_.partition.shard(i, rank()).begin,
-                                                                    arrays_.partition.shards(i), Format::f32, weights_names_[static_cast<std::size_t>(i)]);
+        gather_[static_cast<std::size_t>(i)] = m_->start_all_gather(arrays_.products + part.begin, own_products(i), arrays_.partition.shards(i), format_of<A>, weights_names_[static_cast<std::size_t>(i)]);
     }
   }
   void finish_sharing_weights() override {
+    m_->wait(gains_);
     if (zero1())
       for (Request& r : gather_) m_->wait(r);
   }
 
   std::span<const float> gather(int part, const float* own) override {
     const Partition& p = arrays_.partition;
-    if (fsdp()) m_->wait(values_[0].request), values_[0].part = -1;
+    if (fsdp()) finish_sum(gradients_[0], 0);
     else if (whole_.bytes() == 0) whole_ = floats(part_floats_);
-    float* const to = data(fsdp() ? values_[0].memory : whole_);
+    float* const to = data(fsdp() ? gradients_[0].memory : whole_);
     Request r = m_->start_all_gather(to, own + p.own_offset(part), p.shards(part), Format::f32, weights_names_[static_cast<std::size_t>(part)]);
     m_->wait(r);
     const auto n = static_cast<std::size_t>(p.part(part).size());
@@ -157,7 +161,15 @@ class Parallel final : public Peers<D>, private PassHooks {
   bool zero1() const { return options_.sharding == Sharding::zero1; }
   bool fsdp() const { return options_.sharding == Sharding::fsdp; }
   Memory<D> floats(index_t n) const { return Memory<D>(*dev_, static_cast<std::size_t>(n) * sizeof(float)); }
+  Memory<D> zeros(index_t n) const {
+    Memory<D> m = floats(n);
+    dev_->zero(m.data(), static_cast<std::size_t>(n) * sizeof(float));
+    return m;
+  }
   static float* data(const Memory<D>& m) { return reinterpret_cast<float*>(m.data()); }
+  static A* products(const Memory<D>& m) { return reinterpret_cast<A*>(m.data()); }
+  /// This rank's shard of what products read.
+  const A* own_products(int part) const { return arrays_.own ? arrays_.own + arrays_.partition.own_offset(part) : arrays_.products + arrays_.partition.shard(part, rank()).begin; }
   int last_part() const { return arrays_.partition.parts() - 1; }
 
   // ---- ddp, zero1
@@ -183,7 +195,10 @@ class Parallel final : public Peers<D>, private PassHooks {
   }
   void limit_flight(int part) {
     flying_.push_back(part);
-    if (flying_.size() <= std::max<std::size_t>(1, options_.in_flight)) return;
+    std::size_t most = options_.in_flight;
+    if constexpr (requires { M::in_flight; })
+      if (most == 0) most = M::in_flight;
+    if (most == 0 || flying_.size() <= most) return;
     m_->wait(reduce_[static_cast<std::size_t>(flying_.front())]);
     flying_.erase(flying_.begin());
   }
@@ -200,15 +215,15 @@ class Parallel final : public Peers<D>, private PassHooks {
     const Partition& p = arrays_.partition;
     m_->wait(to->request);
     to->part = part;
-    to->request = m_->start_all_gather(data(to->memory), arrays_.values + p.own_offset(part), p.shards(part), Format::f32, weights_names_[static_cast<std::size_t>(part)]);
+    to->request = m_->start_all_gather(products(to->memory), own_products(part), p.shards(part), format_of<A>, weights_names_[static_cast<std::size_t>(part)]);
     return *to;
   }
   /// The part's weights are there, and the pass will read them.
-  float* hold(int part) {
+  const A* hold(int part) {
     Buffer& b = fetch(part);
     m_->wait(b.request);
     b.used = true, b.pass = ++clock_;
-    return data(b.memory);
+    return products(b.memory);
   }
   void release(int part) {
     for (std::size_t i = 0; i < buffers_; ++i)
@@ -251,6 +266,7 @@ class Parallel final : public Peers<D>, private PassHooks {
   // ---- what the pass tells
 
   void before_forward(int part) override {
+    m_->wait(gains_);
     if (zero1()) m_->wait(gather_[static_cast<std::size_t>(part)]);
     if (arrays_.tied && part == last_part() && zero1()) m_->wait(gather_[0]);
     if (!fsdp()) return;
@@ -267,7 +283,7 @@ class Parallel final : public Peers<D>, private PassHooks {
     if (arrays_.tied && part == last_part()) (*place_)(0, hold(0), take_gradient(0));
     if (arrays_.tied && part == 0) return;  // placed with the head; its gradient is added to
     // The embedding's gradient needs no weights.
-    (*place_)(part, part == 0 ? data(values_[0].memory) : hold(part), take_gradient(part));
+    (*place_)(part, part == 0 ? products(values_[0].memory) : hold(part), take_gradient(part));
     if (part > 1) fetch(part - 1);
   }
   void after_backward(int part) override {
@@ -286,6 +302,7 @@ class Parallel final : public Peers<D>, private PassHooks {
   Arrays arrays_;
   std::vector<std::string> weights_names_, gradients_names_;  // of each part, for errors
   std::vector<Request> gather_, reduce_;                      // of each part; ddp: of the bucket that ends there
+  Request gains_ = {};
   Memory<D> summed_;                                          // zero1: own shards of the gradients' sum
   Memory<D> whole_;                                           // what gather() returns, where there are no buffers; taken when it is first asked for
   std::vector<float> host_;

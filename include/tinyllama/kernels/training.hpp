@@ -66,6 +66,12 @@ struct AdamwTask {
   float scale;                     // clipping
 };
 
+/// Neighbouring weights of the flat array that all decay, or all do not.
+struct AdamwRange {
+  index_t n;
+  bool decays;
+};
+
 // name, parameters.
 #define TINYLLAMA_TRAINING_KERNELS(K)                                                                                                          \
   K(pack_f32, float* panels, const Operand& from, index_t first_panel, index_t last_panel)          /* panels [first, last) of `from` */        \

@@ -64,10 +64,32 @@ void rope_queries_and_keys(D& dev, const C& c, V qkv, const RopeAngles& r) {
 }
 }  // namespace detail
 
+/// The same where what each half adds comes between as an activation, [T, hidden] of all blocks, which is less to write and to read; mid and out are then
+/// the sums.
+template <Config C, class A>
+struct ApartActivations : BlockActivations<C, A> {
+  View<A, dyn, dyn> added;
+};
+
+/// What half a block adds to `x`: apart, or where its sum will be, with x in it where the product adds.
+template <Device D, class Sum, class In, class W, class X, class Activations>
+void half_forward(D& dev, Sum sum, In in, const W& w, X x, const Activations& a) {
+  if constexpr (requires { a.added; }) matmul(dev, a.added, in, w);
+  else if constexpr (detail::AddsToResidual<D, W>) dev.matmul_add(sum, in, w, x);
+  else matmul(dev, sum, in, w);
+}
+/// sum = x + what half a block has added, by a product with W;  normed = its norm.
+template <class W, Device D, class Normed, class Sum, class X, class Activations>
+void half_sum(D& dev, Normed normed, Sum sum, X x, const Activations& a, const float* gain, float eps) {
+  if constexpr (requires { a.added; }) add_rmsnorm(dev, normed, sum, x, a.added, gain, eps);
+  else if constexpr (detail::AddsToResidual<D, W>) dev.rmsnorm(normed, sum, gain, eps);
+  else dev.add_rmsnorm(normed, sum, x, gain, eps);
+}
+
 /// a.x and a.normed are there; everything else of `a` is computed. `attend(attended, qkv)` is attention over a cache, or over the batch itself.
 /// Without `output` the block stops before its last product: what backward needs to have again.
-template <Config C, Device D, class W, class A, class Attend>
-void block_forward(D& dev, const C& c, const Layer<W>& w, const BlockActivations<C, A>& a, const RopeAngles& angles, Attend&& attend, bool output = true) {
+template <Config C, Device D, class W, class Activations, class Attend>
+void block_forward(D& dev, const C& c, const Layer<W>& w, const Activations& a, const RopeAngles& angles, Attend&& attend, bool output = true) {
   matmul(dev, a.qkv, a.normed, w.qkv);
   if constexpr (requires { attend(a.attended, a.qkv, angles); }) {  // turns queries and keys itself, on their way into the cache
     attend(a.attended, a.qkv, angles);
@@ -75,52 +97,52 @@ void block_forward(D& dev, const C& c, const Layer<W>& w, const BlockActivations
     detail::rope_queries_and_keys(dev, c, a.qkv, angles);
     attend(a.attended, a.qkv);
   }
-  if constexpr (detail::AddsToResidual<D, W>) {
-    dev.matmul_add(a.mid, a.attended, w.o, a.x);
-    dev.rmsnorm(a.ffn_normed, a.mid, w.ffn_norm, c.norm_eps);
-  } else {
-    matmul(dev, a.mid, a.attended, w.o);
-    dev.add_rmsnorm(a.ffn_normed, a.mid, a.x, w.ffn_norm, c.norm_eps);
-  }
+  half_forward(dev, a.mid, a.attended, w.o, a.x, a);
+
+  half_sum<W>(dev, a.ffn_normed, a.mid, a.x, a, w.ffn_norm, c.norm_eps);
   if constexpr (detail::GatesProducts<D, W>) {
     dev.matmul_swiglu(a.gated, a.gate_up, a.ffn_normed, w.gate_up, a.keeps_gate_up);
   } else {
     matmul(dev, a.gate_up, a.ffn_normed, w.gate_up);
     swiglu(dev, a.gated, a.gate(), a.up());
   }
-  if (!output) return;
-  if constexpr (detail::AddsToResidual<D, W>) dev.matmul_add(a.out, a.gated, w.down, a.mid);
-  else matmul(dev, a.out, a.gated, w.down);
+  if (output) half_forward(dev, a.out, a.gated, w.down, a.mid, a);
 }
 
 /// Gradients that pass through a block; all blocks share them. d[x] is the gradient of the loss by x.
-template <Config C>
+template <Config C, class A = float>
 struct BlockGradients {
   using X = extents<C>;
   View<float, dyn, X::hidden> x;         // [T, hidden]: d[out] on entry, d[x] on return; d[mid] between
-  View<float, dyn, X::hidden> normed;    // [T, hidden]: d[n], d[m]
-  View<float, dyn, X::hidden> attended;  // [T, hidden]
-  View<float, dyn, X::qkv> qkv;          // [T, (heads + 2 kv_heads) head_dim]
-  View<float, dyn, X::ffn> gated;        // [T, ffn]
+  View<A, dyn, X::hidden> rounded;       // [T, hidden]: x as products read it; x itself where A is float
+  View<A, dyn, X::hidden> normed;        // [T, hidden]: d[n], d[m]
+  View<A, dyn, X::hidden> attended;      // [T, hidden]
+  View<A, dyn, X::qkv> qkv;              // [T, (heads + 2 kv_heads) head_dim]
+  View<A, dyn, X::ffn> gated;            // [T, ffn]
   float* rms = nullptr;                  // [T]
 };
 
 /// The gradient of all that block_forward computes. W's own gradients are where W keeps them; d[gain] go to d_attn_norm and d_ffn_norm [hidden]
 /// (null: not wanted). d[gate_up] takes the place of a.gate_up. `attend_backward(d.qkv, d.attended)` turns the one into the other;
-/// `opposite` are the forward angles with -sin.
-template <Config C, class D, class W, class Attend>
-void block_backward(D& dev, const C& c, const Layer<W>& w, const BlockActivations<C>& a, const BlockGradients<C>& d, const RopeAngles& opposite,
-                    Attend&& attend_backward, float* d_attn_norm, float* d_ffn_norm) {
-  matmul_backward(dev, d.gated, d.x, a.gated, w.down);
-  swiglu_backward(dev, a.gate(), a.up(), d.gated, a.gate(), a.up());
-  matmul_backward(dev, d.normed, a.gate_up, a.ffn_normed, w.gate_up);
-  rmsnorm_backward(dev, d.x, d.normed, a.mid, w.ffn_norm, d_ffn_norm, c.norm_eps, d.rms);
+/// `opposite` are the forward angles with -sin. With `again` a.normed, a.ffn_normed and a.gated are computed again on the way.
+template <Config C, class D, class W, class A, class Attend>
+void block_backward(D& dev, const C& c, const Layer<W>& w, const BlockActivations<C, A>& a, const BlockGradients<C, A>& d, const RopeAngles& opposite,
+                    Attend&& attend_backward, float* d_attn_norm, float* d_ffn_norm, bool again) {
+  const auto wanted = [&](auto v) { return slice(v, 0, again ? v.extent(0) : 0); };
+  matmul_backward_input(dev, d.gated, d.rounded, w.down);
+  swiglu_backward(dev, a.gate(), a.up(), d.gated, a.gate(), a.up(), wanted(a.gated));
+  matmul_backward_weight(dev, w.down, d.rounded, a.gated);
+  matmul_backward_input(dev, d.normed, a.gate_up, w.gate_up);
+  rmsnorm_backward(dev, d.x, d.rounded, d.normed, a.mid, w.ffn_norm, d_ffn_norm, c.norm_eps, d.rms, wanted(a.ffn_normed));
+  matmul_backward_weight(dev, w.gate_up, a.gate_up, a.ffn_normed);
 
-  matmul_backward(dev, d.attended, d.x, a.attended, w.o);
+  matmul_backward_input(dev, d.attended, d.rounded, w.o);
+  matmul_backward_weight(dev, w.o, d.rounded, a.attended);
   attend_backward(d.qkv, d.attended);
   detail::rope_queries_and_keys(dev, c, d.qkv, opposite);
-  matmul_backward(dev, d.normed, d.qkv, a.normed, w.qkv);
-  rmsnorm_backward(dev, d.x, d.normed, a.x, w.attn_norm, d_attn_norm, c.norm_eps, d.rms);
+  matmul_backward_input(dev, d.normed, d.qkv, w.qkv);
+  rmsnorm_backward(dev, d.x, d.rounded, d.normed, a.x, w.attn_norm, d_attn_norm, c.norm_eps, d.rms, wanted(a.normed));
+  matmul_backward_weight(dev, w.qkv, d.qkv, a.normed);
 }
 
 }  // namespace tinyllama

@@ -18,26 +18,27 @@
 namespace tinyllama {
 
 /// A layer's weights and where the gradients of its gains are summed (null: frozen).
-struct LearnedLayer : Layer<LearnedMatrix> {
+template <class A = float>
+struct LearnedLayer : Layer<LearnedMatrix<A>> {
   float *d_attn_norm = nullptr, *d_ffn_norm = nullptr;
 };
 
 /// All weights that a training pass reads, and where their gradients go. Owns nothing.
-template <Config C>
+template <Config C, class A = float>
 struct LearnedWeights {
   C config{};
-  LearnedMatrix embedding;             // [vocab, hidden]
-  std::vector<LearnedLayer> layers;
+  LearnedMatrix<A> embedding;          // [vocab, hidden]
+  std::vector<LearnedLayer<A>> layers;
   const float* final_norm = nullptr;   // [hidden]
   float* d_final_norm = nullptr;
-  LearnedMatrix head;                  // [vocab, hidden]; the embedding where tied
+  LearnedMatrix<A> head;               // [vocab, hidden]; the embedding where tied
   std::vector<double> frequencies;     // [head_dim / 2]
 
   /// f on each matrix that products read.
   template <class F>
   void for_each_matrix(F&& f) {
-    for (LearnedLayer& l : layers)
-      for (LearnedMatrix* m : {&l.qkv, &l.o, &l.gate_up, &l.down}) f(*m);
+    for (LearnedLayer<A>& l : layers)
+      for (LearnedMatrix<A>* m : {&l.qkv, &l.o, &l.gate_up, &l.down}) f(*m);
     f(head);
   }
 };
@@ -57,6 +58,10 @@ struct PassHooks {
 /// The memory of a training pass, for one shape at a time; and the pass.
 template <Config C, TrainingDevice D>
 class TrainingPass {
+  using A = typename D::activation;
+  using Weights = LearnedWeights<C, A>;
+  using Block = TrainingActivations<C, A>;
+
  public:
   explicit TrainingPass(D& dev) : dev_(&dev) {}
 
@@ -69,139 +74,143 @@ class TrainingPass {
     }
     arena_->reset();
     blocks_.clear(), lse_.clear(), sequences_.clear();
-    buffers_.emplace(take_training_buffers(*arena_, c, shape, [&](int, const BlockActivations<C>& b, View<float, dyn, dyn> lse) {
+    buffers_.emplace(take_training_buffers(*arena_, c, shape, [&](int, const Block& b, View<float, dyn, dyn> lse) {
       blocks_.push_back(b), lse_.push_back(lse);
     }));
     shape_ = shape;
   }
   std::size_t bytes() const { return arena_ ? arena_->capacity() : 0; }
-  const AdapterWork& adapter_work() const { return buffers_->adapters; }
+  const AdapterWork<A>& adapter_work() const { return buffers_->adapters; }
 
   /// Whom the next passes tell of the parts; null: nobody.
   void hook(PassHooks* hooks) { hooks_ = hooks; }
 
   /// ids [T] of all sequences through the model, up to the last norm.
-  void forward(const LearnedWeights<C>& w, std::span<const std::int32_t> ids, std::span<const Sequence> batch) {
+  void forward(const Weights& w, std::span<const std::int32_t> ids, std::span<const Sequence> batch) {
     const C& c = w.config;
     D& dev = *dev_;
     const int parts = static_cast<int>(blocks_.size()) + 2;
     turn(w, batch);
     tell(&PassHooks::before_forward, 0);
-    dev.embedding(blocks_.front().x, Matrix{Format::f32, false, w.embedding.rows, w.embedding.columns, reinterpret_cast<const std::byte*>(w.embedding.value)},
+    dev.embedding(blocks_.front().x, Matrix{format_of<A>, D::packed_embedding, w.embedding.rows, w.embedding.columns, reinterpret_cast<const std::byte*>(w.embedding.value)},
                   dev.batch(ids, batch));
     tell(&PassHooks::after_forward, 0);
     for (std::size_t l = 0; l < blocks_.size(); ++l) {
-      const BlockActivations<C>& a = blocks_[l];
+      const Block& a = blocks_[l];
       tell(&PassHooks::before_forward, static_cast<int>(l) + 1);
       if (l == 0) dev.rmsnorm(a.normed, a.x, w.layers[l].attn_norm, c.norm_eps);
-      else dev.add_rmsnorm(a.normed, a.x, blocks_[l - 1].mid, w.layers[l].attn_norm, c.norm_eps);
+      else half_sum<LearnedMatrix<A>>(dev, a.normed, a.x, blocks_[l - 1].mid, a, w.layers[l].attn_norm, c.norm_eps);
       block(w, l, batch, true);
       tell(&PassHooks::after_forward, static_cast<int>(l) + 1);
     }
     tell(&PassHooks::before_forward, parts - 1);
-    const BlockActivations<C>& last = blocks_.back();
-    dev.add_rmsnorm(buffers_->final_normed, last.out, last.mid, w.final_norm, c.norm_eps);
+    const Block& last = blocks_.back();
+    half_sum<LearnedMatrix<A>>(dev, buffers_->final_normed, last.out, last.mid, last, w.final_norm, c.norm_eps);
   }
 
   /// The loss of each row, [T]: targets below 0 do not count and have none. After forward(); valid until the next call.
-  std::span<const float> losses(const LearnedWeights<C>& w, std::span<const std::int32_t> targets) {
+  std::span<const float> losses(const Weights& w, std::span<const std::int32_t> targets) {
     head(w, targets, false);
     tell(&PassHooks::after_forward, static_cast<int>(blocks_.size()) + 1);
-    return {buffers_->losses, targets.size()};
+    return host_losses(targets.size());
   }
 
   /// The same, and the gradient of sum_t weights_t loss_t by every weight that has a place for it: added to what is there where `accumulate`
   /// is set in w's matrices, in the place of it where not (those of the gains and the embedding are always added). After forward().
-  std::span<const float> backward(const LearnedWeights<C>& w, std::span<const std::int32_t> ids, std::span<const std::int32_t> targets,
+  std::span<const float> backward(const Weights& w, std::span<const std::int32_t> ids, std::span<const std::int32_t> targets,
                                   std::span<const float> weights, std::span<const Sequence> batch) {
     const C& c = w.config;
     D& dev = *dev_;
-    const TrainingBuffers<C>& b = *buffers_;
-    const BlockGradients<C>& d = b.gradients;
-    std::copy(weights.begin(), weights.end(), b.weights);
+    const TrainingBuffers<C, A>& b = *buffers_;
+    const BlockGradients<C, A>& d = b.gradients;
+    send(dev, b.weights, weights.data(), weights.size_bytes());
     const int last = static_cast<int>(blocks_.size()) + 1;
     tell(&PassHooks::before_backward, last);
     head(w, targets, true);
     const auto T = static_cast<index_t>(ids.size());
     fill(dev, d.x.data(), T * c.hidden, 0.0f);
-    rmsnorm_backward(dev, d.x, d.normed, blocks_.back().out, w.final_norm, w.d_final_norm, c.norm_eps, d.rms);
+    rmsnorm_backward(dev, d.x, d.rounded, d.normed, blocks_.back().out, w.final_norm, w.d_final_norm, c.norm_eps, d.rms, slice(b.final_normed, 0, 0));
     tell(&PassHooks::after_backward, last);
     const HeadShape heads{c.heads, c.kv_heads, head_dim(c)};
     for (std::size_t l = blocks_.size(); l-- > 0;) {
-      const BlockActivations<C>& a = blocks_[l];
+      const Block& a = blocks_[l];
       tell(&PassHooks::before_backward, static_cast<int>(l) + 1);
-      const LearnedLayer& layer = w.layers[l];
-      if (shape_.checkpointing != Checkpointing::none) dev.rmsnorm(a.normed, a.x, layer.attn_norm, c.norm_eps);
+      const LearnedLayer<A>& layer = w.layers[l];
       if (shape_.checkpointing == Checkpointing::layer) {
+        dev.rmsnorm(a.normed, a.x, layer.attn_norm, c.norm_eps);
         block(w, l, batch, false);
-      } else if (shape_.checkpointing == Checkpointing::selective) {
-        dev.rmsnorm(a.ffn_normed, a.mid, layer.ffn_norm, c.norm_eps);
-        swiglu(dev, a.gated, a.gate(), a.up());
       }
       block_backward(dev, c, layer, a, d, {b.cos, b.opposite_sin}, [&](auto dqkv, auto d_attended) {
-        flash_attention_backward(dev, dqkv, d_attended, a.qkv, a.attended, lse_[l], batch, heads, b.heads_kv, layer.qkv.product(false));
-      }, layer.d_attn_norm, layer.d_ffn_norm);
+        flash_attention_backward(dev, dqkv, d_attended, a.qkv, a.attended, lse_[l], batch, heads, b.attention, layer.qkv.product(false));
+      }, layer.d_attn_norm, layer.d_ffn_norm, shape_.checkpointing == Checkpointing::selective);
       tell(&PassHooks::after_backward, static_cast<int>(l) + 1);
     }
     tell(&PassHooks::before_backward, 0);
     if (w.embedding.gradient) embedding_backward(dev, View<float, dyn, dyn>(w.embedding.gradient, {w.embedding.rows, w.embedding.columns}), ids, d.x);
     tell(&PassHooks::after_backward, 0);
-    return {b.losses, targets.size()};
+    return host_losses(targets.size());
   }
 
  private:
   void tell(void (PassHooks::*what)(int), int part) const {
     if (hooks_) (hooks_->*what)(part);
   }
-  void block(const LearnedWeights<C>& w, std::size_t l, std::span<const Sequence> batch, bool output) {
+  void block(const Weights& w, std::size_t l, std::span<const Sequence> batch, bool output) {
     const C& c = w.config;
-    block_forward(*dev_, c, static_cast<const Layer<LearnedMatrix>&>(w.layers[l]), blocks_[l], {buffers_->cos, buffers_->sin}, [&](auto attended, auto qkv) {
+    block_forward(*dev_, c, static_cast<const Layer<LearnedMatrix<A>>&>(w.layers[l]), blocks_[l], {buffers_->cos, buffers_->sin}, [&](auto attended, auto qkv) {
       flash_attention(*dev_, attended, lse_[l], qkv, batch, HeadShape{c.heads, c.kv_heads, head_dim(c)}, w.layers[l].qkv.product(false));
     }, output);
   }
 
   /// Logits a stretch of rows at a time, so that they are never there for all; with d[final_normed] and the head's gradient if `gradient`.
-  void head(const LearnedWeights<C>& w, std::span<const std::int32_t> targets, bool gradient) {
-    const TrainingBuffers<C>& b = *buffers_;
+  void head(const Weights& w, std::span<const std::int32_t> targets, bool gradient) {
+    const TrainingBuffers<C, A>& b = *buffers_;
     const auto T = static_cast<index_t>(targets.size());
-    LearnedMatrix matrix = w.head;
+    LearnedMatrix<A> matrix = w.head;
+    send(*dev_, b.targets, targets.data(), targets.size_bytes());
     for (index_t r = 0; r < T; r += shape_.logits_rows) {
       const index_t end = std::min(T, r + shape_.logits_rows);
       const auto chunk = targets.subspan(static_cast<std::size_t>(r), static_cast<std::size_t>(end - r));
-      const View<float, dyn, dyn> logits = slice(b.logits, 0, end - r), normed = slice(b.final_normed, r, end);
-      const View<float, dyn, dyn> d_normed = slice(View<float, dyn, dyn>(b.gradients.normed), r, end);
+      const View<A, dyn, dyn> logits = slice(b.logits, 0, end - r), normed = slice(b.final_normed, r, end), d_normed = slice(View<A, dyn, dyn>(b.gradients.normed), r, end);
       if (std::none_of(chunk.begin(), chunk.end(), [](std::int32_t t) { return t >= 0; })) {
         fill(*dev_, b.losses + r, end - r, 0.0f);
-        if (gradient) fill(*dev_, d_normed.data(), d_normed.size(), 0.0f);
+        if (gradient) dev_->zero(d_normed.data(), static_cast<std::size_t>(d_normed.size()) * sizeof(A));
         continue;
       }
       matmul(*dev_, logits, normed, matrix);
-      cross_entropy(*dev_, gradient ? logits : slice(logits, 0, 0), logits, chunk, b.weights + r, b.losses + r);
+      cross_entropy(*dev_, gradient ? logits : slice(logits, 0, 0), logits, std::span<const std::int32_t>(b.targets + r, chunk.size()), b.weights + r, b.losses + r);
       if (!gradient) continue;
-      matmul_backward(*dev_, d_normed, logits, normed, matrix);
+      matmul_backward_input(*dev_, d_normed, logits, matrix);
+      matmul_backward_weight(*dev_, matrix, logits, normed);
       matrix.how.accumulate = true;
     }
     if (gradient && matrix.gradient && !matrix.how.accumulate) fill(*dev_, matrix.gradient, matrix.rows * matrix.columns, 0.0f);  // nothing counted
   }
 
   /// The angles of the batch's positions, kept while its sequences stay as they are.
-  void turn(const LearnedWeights<C>& w, std::span<const Sequence> batch) {
+  void turn(const Weights& w, std::span<const Sequence> batch) {
     const auto same = [](const Sequence& a, const Sequence& b) { return a.first_row == b.first_row && a.tokens == b.tokens && a.position == b.position; };
     if (std::equal(batch.begin(), batch.end(), sequences_.begin(), sequences_.end(), same)) return;
-    const TrainingBuffers<C>& b = *buffers_;
+    const TrainingBuffers<C, A>& b = *buffers_;
     dev_->rope_angles(b.cos, b.sin, w.frequencies, dev_->batch({}, batch));
-    for (index_t i = 0; i < b.sin.size(); ++i) b.opposite_sin.data()[i] = -b.sin.data()[i];
+    dev_->copy_bytes(b.opposite_sin.data(), b.sin.data(), static_cast<std::size_t>(b.sin.size()) * sizeof(float));
+    scale(*dev_, b.opposite_sin, -1.0f);
     sequences_.assign(batch.begin(), batch.end());
+  }
+
+  std::span<const float> host_losses(std::size_t rows) {
+    return dev_->host(View<const float, dyn>(buffers_->losses, {static_cast<index_t>(rows)}), staging_).span();
   }
 
   D* dev_;
   PassHooks* hooks_ = nullptr;
   TrainingShape shape_;
   std::unique_ptr<Arena<D>> arena_;
-  std::optional<TrainingBuffers<C>> buffers_;
-  std::vector<BlockActivations<C>> blocks_;
+  std::optional<TrainingBuffers<C, A>> buffers_;
+  std::vector<Block> blocks_;
   std::vector<View<float, dyn, dyn>> lse_;
   std::vector<Sequence> sequences_;  // whose angles are there
+  [[no_unique_address]] typename D::Staging staging_;  // losses that the host can read
 };
 
 }  // namespace tinyllama

@@ -14,7 +14,7 @@ namespace tinyllama {
 
 /// What forward saves and backward computes again (arXiv 1604.06174).
 ///   none       everything is saved
-///   selective  the two norms and swiglu are computed again: a pass over memory each, for 2 hidden + ffn floats a token and layer less
+///   selective  the two norms and swiglu are computed again on backward's way: for 2 hidden + ffn elements a token and layer less
 ///   layer      only each block's input is saved; its forward pass runs again, a third more arithmetic
 enum class Checkpointing : std::uint8_t { none, selective, layer };
 
@@ -29,50 +29,68 @@ struct TrainingShape {
 };
 
 /// All but the blocks' activations.
-template <Config C>
+template <Config C, class A = float>
 struct TrainingBuffers {
-  View<float, dyn, dyn> final_normed;           // [T, hidden]
-  View<float, dyn, dyn> logits;                 // [R, vocab], then their gradient
+  View<A, dyn, dyn> final_normed;               // [T, hidden]
+  View<A, dyn, dyn> logits;                     // [R, vocab], then their gradient
   View<float, dyn, dyn> cos, sin, opposite_sin; // [T, head_dim / 2]
   float *losses, *weights;                      // [T]
-  BlockGradients<C> gradients;
-  float* heads_kv;                              // [2, T, hidden]: d[K], d[V] of each query head
-  AdapterWork adapters;
+  std::int32_t* targets;                        // [T]
+  BlockGradients<C, A> gradients;
+  float* attention;                             // what its backward pass needs
+  AdapterWork<A> adapters;
 };
 
-/// Takes a step's memory from the arena; `each(layer, BlockActivations<C>, lse [T, heads])` receives the layers' part.
-template <Config C, class D, class Each>
-constexpr TrainingBuffers<C> take_training_buffers(Arena<D>& arena, const C& c, const TrainingShape& s, Each&& each) {
-  using M = View<float, dyn, dyn>;
+/// A block's activations in training: what it adds apart, unless products write floats anyway.
+template <Config C, class A>
+using TrainingActivations = std::conditional_t<std::is_same_v<A, float>, BlockActivations<C, A>, ApartActivations<C, A>>;
+
+/// Takes a step's memory from the arena; `each(layer, BlockActivations, lse [T, heads])` receives the layers' part.
+template <Config C, class D, class Each, class A = typename D::activation>
+constexpr TrainingBuffers<C, A> take_training_buffers(Arena<D>& arena, const C& c, const TrainingShape& s, Each&& each) {
+  using M = View<A, dyn, dyn>;
+  using F = View<float, dyn, dyn>;
   const index_t T = s.rows, d = c.hidden, n = c.ffn, qkv = d + 2 * static_cast<index_t>(c.kv_heads) * head_dim(c), half = head_dim(c) / 2;
-  const auto matrix = [&](index_t rows, index_t columns) { return arena.template take<float, dyn, dyn>(rows, columns); };
+  const auto matrix = [&](index_t rows, index_t columns) { return arena.template take<A, dyn, dyn>(rows, columns); };
+  const auto floats = [&](index_t rows, index_t columns) { return arena.template take<float, dyn, dyn>(rows, columns); };
   // What a pass over memory computes again, and what takes a product: of one layer at a time, or of each.
   struct Light { M normed, ffn_normed, gated; };
-  struct Heavy { M qkv, attended, lse, mid, gate_up; };
+  struct Heavy { M qkv, attended; F lse, mid; M gate_up; };
   const auto light = [&] { return Light{matrix(T, d), matrix(T, d), matrix(T, n)}; };
-  const auto heavy = [&] { return Heavy{matrix(T, qkv), matrix(T, d), matrix(T, index_t{c.heads}), matrix(T, d), matrix(T, 2 * n)}; };
+  const auto heavy = [&] { return Heavy{matrix(T, qkv), matrix(T, d), floats(T, index_t{c.heads}), floats(T, d), matrix(T, 2 * n)}; };
   Light a = light();
   Heavy b = heavy();
-  M x = matrix(T, d);
+  const M added = std::is_same_v<A, float> ? M(nullptr, {0, 0}) : matrix(T, d);  // of all layers
+  F x = floats(T, d);
   for (int l = 0; l < c.layers; ++l) {
     if (l > 0 && s.checkpointing == Checkpointing::none) a = light();
     if (l > 0 && s.checkpointing != Checkpointing::layer) b = heavy();
-    const M out = matrix(T, d);
-    each(l, BlockActivations<C>{x, a.normed, b.qkv, b.attended, b.mid, a.ffn_normed, b.gate_up, a.gated, out}, b.lse);
+    const F out = floats(T, d);
+    const BlockActivations<C, A> block{x, a.normed, b.qkv, b.attended, b.mid, a.ffn_normed, b.gate_up, a.gated, out};
+    if constexpr (std::is_same_v<A, float>) each(l, block, b.lse);
+    else each(l, ApartActivations<C, A>{block, added}, b.lse);
     x = out;
   }
   const index_t wide = std::max(d, n), rank = s.adapter_rank;
   const auto vector = [&](index_t size) { return arena.template take<float, dyn>(size).data(); };
-  return {matrix(T, d), matrix(s.logits_rows, index_t{c.vocab}), matrix(T, half), matrix(T, half), matrix(T, half), vector(T), vector(T),
-          BlockGradients<C>{matrix(T, d), matrix(T, d), matrix(T, d), matrix(T, qkv), matrix(T, n), vector(T)}, vector(2 * T * d),
-          AdapterWork{vector(rank && s.adapter_dropout ? T * wide : 0), vector(T * rank), vector(T * rank)}};
+  const auto row = [&](index_t size) { return arena.template take<A, dyn>(size).data(); };
+  const F dx = floats(T, d);
+  const M rounded = [&] {
+    if constexpr (std::is_same_v<A, float>) return dx;
+    else return matrix(T, d);
+  }();
+  return {matrix(T, d), matrix(s.logits_rows, index_t{c.vocab}), floats(T, half), floats(T, half), floats(T, half), vector(T), vector(T),
+          arena.template take<std::int32_t, dyn>(T).data(),
+          BlockGradients<C, A>{dx, rounded, matrix(T, d), matrix(T, d), matrix(T, qkv), matrix(T, n), vector(T)},
+          vector(flash_backward_floats(static_cast<const D*>(nullptr), T, {c.heads, c.kv_heads, head_dim(c)})),
+          AdapterWork<A>{row(rank && s.adapter_dropout ? T * wide : 0), row(T * rank), row(T * rank)}};
 }
 
 /// Bytes of it.
 template <class D, Config C>
 constexpr std::size_t training_buffer_bytes(const C& c, const TrainingShape& s) {
   Arena<D> sizing;
-  take_training_buffers(sizing, c, s, [](int, const BlockActivations<C>&, View<float, dyn, dyn>) {});
+  take_training_buffers(sizing, c, s, [](int, const auto&, View<float, dyn, dyn>) {});
   return sizing.peak();
 }
 

@@ -44,14 +44,17 @@ constexpr Shards shards_of(index_t n, int ranks) {
 ///   fsdp   each has its own shards of all; a part's weights are gathered while it computes (arXiv 1910.02054, stage 3; 2304.11277)
 enum class Sharding : std::uint8_t { none, ddp, zero1, fsdp };
 
-/// f(part, elements) for the parts of the weights: 0 the embedding, 1 .. layers the blocks, layers + 1 the last norm and the head. They lie in this order in the
-/// flat arrays of for_each_parameter.
+/// The part of the weights to which a parameter belongs: 0 the embedding, 1 .. layers the blocks, layers + 1 the last norm and the head.
+template <Config C>
+constexpr int part_of(const C& c, const Parameter& p) { return p.layer >= 0 ? p.layer + 1 : p.slot == Slot::embedding ? 0 : static_cast<int>(c.layers) + 1; }
+
+/// f(part, elements) for the parts of the weights, which lie in their order in the flat arrays of for_each_parameter.
 template <Config C, class F>
 constexpr void for_each_part(const C& c, F&& f) {
   index_t size = 0;
   int part = 0;
   for_each_parameter(c, [&](const Parameter& p) {
-    const int here = p.layer >= 0 ? p.layer + 1 : p.slot == Slot::embedding ? 0 : static_cast<int>(c.layers) + 1;
+    const int here = part_of(c, p);
     if (here != part) f(std::exchange(part, here), std::exchange(size, 0));
     size += p.size();
   });

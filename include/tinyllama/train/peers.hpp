@@ -15,15 +15,18 @@ namespace tinyllama {
 template <class D>
 class Peers {
  public:
-  /// A trainer's arrays, in the device's memory. With zero1 the moments, and with fsdp all, are own shards only.
+  using A = typename D::activation;  // what products read
+  /// A trainer's arrays, in the device's memory.
   struct Arrays {
     Partition partition;
     bool tied = false;            // the head is the embedding: part 0 is needed from the first row to the last
-    float* values = nullptr;
-    float* gradients = nullptr;
+    A* products = nullptr;        // what products read, whole; null with fsdp
+    const A* own = nullptr;       // the same of this rank's shards, one behind the other; null: they are at their places in `products`
+    float* gradients = nullptr;   // whole; with fsdp own shards
+    std::span<float> gains = {};  // f32 beside rounded products: each rank has what it owns, and zeros; their sum is what norms read
   };
   /// Where a pass finds a part's weights, and (null: not now) where it leaves their gradient, which is then to be cleared where it is always added to.
-  using Place = std::function<void(int part, float* values, float* gradients)>;
+  using Place = std::function<void(int part, const A* values, float* gradients)>;
 
   virtual ~Peers() = default;
   virtual int rank() const = 0;

@@ -91,8 +91,10 @@ class TrainingRun {
       saved_ = trainer_->steps();
       return true;
     }
-    const std::vector<MutableNamedArray> arrays{{"first_moment", trainer_->first_moment()}, {"second_moment", trainer_->second_moment()}};
-    trainer_->resume(load_checkpoint(*newest, describe(trainer_->config()), trainer_->weights(), arrays).step);
+    const auto weights = trainer_->host(trainer_->weights()), first = trainer_->host(trainer_->first_moment()), second = trainer_->host(trainer_->second_moment());
+    const std::vector<MutableNamedArray> arrays{{"first_moment", first.values}, {"second_moment", second.values}};
+    trainer_->resume(load_checkpoint(*newest, describe(trainer_->config()), weights.values, arrays).step);
+    trainer_->put(trainer_->weights(), weights.values), trainer_->put(trainer_->first_moment(), first.values), trainer_->put(trainer_->second_moment(), second.values);
     saved_ = trainer_->steps();
     return true;
   }
@@ -153,9 +155,10 @@ class TrainingRun {
       saved_ = steps();
       return sharded;
     }
-    const std::vector<NamedArray> arrays{{"first_moment", trainer_->first_moment()}, {"second_moment", trainer_->second_moment()}};
+    const auto weights = trainer_->host(trainer_->weights()), first = trainer_->host(trainer_->first_moment()), second = trainer_->host(trainer_->second_moment());
+    const std::vector<NamedArray> arrays{{"first_moment", first.values}, {"second_moment", second.values}};
     const any_llama config = describe(trainer_->config());
-    auto folder = save_checkpoint(options_.folder, steps(), config, trainer_->weights(), arrays, state.dump(), options_.save);
+    auto folder = save_checkpoint(options_.folder, steps(), config, weights.values, arrays, state.dump(), options_.save);
     saved_ = steps();
     return folder;
   }
@@ -184,7 +187,7 @@ class TrainingRun {
   detail::json agreement() const {
     const TrainerOptions& o = trainer_->options();
     return {{"seed", o.seed}, {"tokens", o.tokens}, {"rows", data_->global_rows(0)}, {"micro_rows", o.micro_rows}, {"logits_rows", o.logits_rows},
-            {"precision", o.precision == Precision::f32 ? "f32" : "bf16"}, {"beta1", o.beta1}, {"beta2", o.beta2}, {"eps", o.eps},
+            {"precision", o.precision == Precision::f32 ? "f32" : o.precision == Precision::bf16 ? "bf16" : "fp8"}, {"beta1", o.beta1}, {"beta2", o.beta2}, {"eps", o.eps},
             {"weight_decay", o.weight_decay}, {"decay", o.decay == WeightDecay::all ? "all" : "matrices"}, {"clip", o.clip}};
   }
 

@@ -166,7 +166,7 @@ std::filesystem::path save_sharded_checkpoint(const std::filesystem::path& root,
   detail::together(peers, root, [&] {
     std::error_code error;
     const bool tokenizer_folder = fs::is_directory(options.tokenizer, error);
-    if (trainer.sharding() == Sharding::fsdp && !first) {
+    if (trainer.shards_values() && !first) {
       detail::GatheredModel<C, D>(trainer, {}).gather_rest();
       return;
     }
@@ -176,7 +176,7 @@ std::filesystem::path save_sharded_checkpoint(const std::filesystem::path& root,
     j["step"] = step;
     detail::json& model_checksums = j["checksums"]["model"] = detail::json::object();
     const fs::path tokenizer = tokenizer_folder ? options.tokenizer : fs::path();
-    if (trainer.sharding() == Sharding::fsdp) {
+    if (trainer.shards_values()) {
       const detail::GatheredModel<C, D> model(trainer, tokenizer);
       try {
         detail::write_model(model, part, options.format, model_checksums);
@@ -185,14 +185,8 @@ std::filesystem::path save_sharded_checkpoint(const std::filesystem::path& root,
         throw;
       }
     } else {
-      std::vector<float> host;
-      std::span<const float> values = weights;
-      if constexpr (!D::host_memory) {
-        host.resize(weights.size());
-        trainer.device().download(host.data(), weights.data(), weights.size_bytes());
-        values = host;
-      }
-      detail::write_model(FlatModel(describe(trainer.config()), values, tokenizer), part, options.format, model_checksums);
+      const HostArray host = trainer.host(weights);
+      detail::write_model(FlatModel(describe(trainer.config()), host.values, tokenizer), part, options.format, model_checksums);
     }
     if (!options.tokenizer.empty() && !tokenizer_folder) detail::copy_tokenizer(options.tokenizer, part);
     j["state"] = detail::parse_json(state, "training state");
@@ -226,6 +220,7 @@ std::string load_sharded_checkpoint(const std::filesystem::path& folder, Trainer
     });
   };
   read(detail::master_weights, trainer.weights()), read("first_moment", trainer.first_moment()), read("second_moment", trainer.second_moment());
+  trainer.values_changed();
   trainer.resume(stored.step());
   return stored.state();
 }

@@ -8,8 +8,9 @@
 
 namespace tinyllama {
 
-/// In what the products of training multiply; sums, weights, gradients and moments are f32 with either.
-enum class Precision : std::uint8_t { f32, bf16 };
+/// In what the products of training multiply; sums, weights, gradients and moments are f32 with any. fp8, on a card alone: those of the layers' matrices in 8-bit
+/// floats, e4m3 of weights and activations, e5m2 of gradients, with one scale a matrix that follows the step before; all else in bf16.
+enum class Precision : std::uint8_t { f32, bf16, fp8 };
 
 /// What the plan is for.
 struct TrainingPlanOptions {

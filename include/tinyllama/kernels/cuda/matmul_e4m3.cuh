@@ -101,7 +101,7 @@ bool matmul_e4m3(cudaStream_t stream, BlasPlans& blas, const std::byte* w, index
   const index_t stride = packed_row_bytes(Format::f8_e4m3, k);
   quantise_rows(stream, {x, ldx, quantised ? nullptr : o.codes, o.scale, static_cast<int>(m), static_cast<int>(k), w, stride, o.w_scale, static_cast<int>(n)});
   BlasTask t{w, o.codes, y, stride, k, ldy, m, n, k, CUDA_R_8F_E4M3, blas_type<Y>(), add};
-  t.w_scale = o.w_scale, t.x_scale = o.scale, t.fast_sums = true;
+  t.w_scale = o.w_scale, t.x_scale = o.scale, t.row_scales = t.fast_sums = true;
   return blas.multiply(stream, t, workspace, workspace_bytes);
 }
 

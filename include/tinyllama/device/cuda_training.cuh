@@ -1,0 +1,189 @@
+// Training's operations on a card. Declared here for any compiler; defined in cuda_training_operations.cuh, for nvcc.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <type_traits>
+#include <vector>
+
+#include "tinyllama/device/cuda.cuh"
+#include "tinyllama/device/training.hpp"
+#include "tinyllama/kernels/cuda/cudnn_attention.hpp"
+
+namespace tinyllama {
+
+/// What training keeps on a card beside the device's own: plans of products and of attention, small arrays on their way there. Operations as in
+/// device/training.hpp; they return before their work is done.
+template <class A>
+class CudaTraining {
+  template <class T>
+  using M = View<T, dyn, dyn>;
+
+ public:
+  explicit CudaTraining(CudaDevice<A>& dev);
+
+  void gemm(M<A> y, M<const A> a, M<const A> b, bool accumulate);
+  void gemm(M<float> y, M<const A> a, M<const A> b, bool accumulate)
+    requires(!std::is_same_v<A, float>);
+  // Products of a matrix in 8-bit floats, whose operands are kept under the address of its weights: y = x w^T; dx = dy w; dw (+)= dy^T x with the dy of the last dx.
+  void gemm_fp8(M<A> y, M<const A> x, M<const A> w)
+    requires std::is_same_v<A, bf16>;
+  void gemm_fp8_input(M<A> dx, M<const A> dy, M<const A> w)
+    requires std::is_same_v<A, bf16>;
+  void gemm_fp8_weight(M<float> dw, M<const A> x, M<const A> w, bool accumulate)
+    requires std::is_same_v<A, bf16>;
+  void flash_attention(M<A> out, M<float> lse, M<const A> qkv, std::span<const Sequence> batch, const HeadShape& shape);
+  void flash_attention_backward(M<A> dqkv, M<const A> d_out, M<const A> qkv, M<const A> out, M<const float> lse, std::span<const Sequence> batch, const HeadShape& shape, float* delta);
+  void rmsnorm_backward(M<float> dx, M<A> rounded, M<const A> dy, M<const float> x, const float* gain, float* dgain, float eps, M<A> normed);
+  void add_rmsnorm(M<A> normed, M<float> sum, M<const float> x, M<const A> added, const float* gain, float eps);
+  void swiglu_backward(M<A> dgate, M<A> dup, M<const A> dh, M<const A> gate, M<const A> up, M<A> h);
+  void cross_entropy(M<A> gradient, M<const A> logits, std::span<const std::int32_t> targets, const float* weights, float* losses);
+  void embedding_backward(M<float> table, std::span<const std::int32_t> ids, M<const float> dx);
+  void adamw(const AdamwTask& task, std::span<const AdamwRange> ranges, A* rounded);
+  void round_to(A* to, const float* from, index_t n);
+  double sum_of_squares(const float* x, index_t n);
+  void fill(float* x, index_t n, float value);
+  void scale(M<A> x, float by);
+  void scale(M<float> x, float by)
+    requires(!std::is_same_v<A, float>);
+  void add(M<A> x, M<const A> y);
+  void dropout(M<A> out, M<const A> x, float p, std::uint64_t key);
+  void send(void* to, const void* from, std::size_t bytes);
+
+  /// Whether attention of so many equally long sequences runs in cuDNN's kernels; and why not, where it was asked.
+  bool uses_cudnn(index_t sequences, index_t tokens, const HeadShape& shape);
+  const std::string& cudnn_failure() const { return cudnn_failure_; }
+  /// Attention by the plain kernels, as where there is no cuDNN: for tests.
+  bool plain_attention = false;
+
+ private:
+  template <class Y>
+  void product(M<Y> y, M<const A> a, M<const A> b, bool accumulate);
+  /// False where the library does not take it.
+  bool start(const cuda::BlasTask& t);
+
+  // ---- 8-bit floats
+
+  /// A matrix's weights, and the scales of its weights, inputs and output's gradients.
+  struct Fp8Matrix {
+    std::unique_ptr<cuda::PoolMemory> weights;  // in rows, then transposed
+    std::uint64_t version = 0;                  // of the weights that are there
+    int scale = 0;                              // of w; behind it x's and dy's
+    bool x_known = false, dy_known = false;
+  };
+  static constexpr int most_scales = 3 * 4096;
+  Fp8Matrix& fp8(M<const A> w);
+  const float* inverse(int scale) const;
+  /// `known`: there is a scale from before.
+  void quantise(M<const A> x, bool gradient, std::uint8_t* q, std::uint8_t* transposed, int scale, bool& known);
+  std::uint8_t* place(std::unique_ptr<cuda::PoolMemory>& memory, index_t bytes);
+  std::map<const A*, Fp8Matrix> fp8_;
+  std::unique_ptr<cuda::PoolMemory> scales_;
+  std::unique_ptr<cuda::PoolMemory> x_, dy_rows_, dy_columns_;
+  std::uint8_t* dy_transposed_ = nullptr;  // of the last dx
+  index_t dy_tokens_ = 0;
+  std::uint64_t weights_version_ = 1;
+  /// On the card, uploaded where it is another than the last.
+  const cuda::BatchSequence* sequences(std::span<const Sequence> batch, int& most_tokens);
+
+  struct Slot {
+    cuda::Pinned pinned;
+    cuda::Event copied{cuda::Event::none()};
+    bool used = false;
+  };
+  CudaDevice<A>* dev_;
+  cuda::BlasPlans blas_;
+  std::array<Slot, 8> slots_;
+  std::size_t next_ = 0;
+  cuda::Upload sequences_upload_, ids_upload_;
+  std::vector<Sequence> last_;
+  const cuda::BatchSequence* on_card_ = nullptr;
+  std::vector<std::int32_t> count_;  // of each id, for embedding_backward
+  std::string cudnn_failure_ = "no library";
+#if defined(TINYLLAMA_CUDNN)
+  std::unique_ptr<cuda::CudnnAttention> cudnn_;
+  /// Set where cuDNN takes the batch.
+  bool cudnn_shape(cuda::CudnnAttentionShape& s, std::span<const Sequence> batch, const HeadShape& shape, index_t ld_qkv, index_t ld_out);
+#endif
+};
+
+template <class A>
+CudaTraining<A>& training_of(CudaDevice<A>& dev) {
+  if (!dev.training) dev.training = std::make_shared<CudaTraining<A>>(dev);
+  return *dev.training;
+}
+
+// ---- the functions of the concept TrainingDevice
+
+namespace detail {
+template <class T>
+using MatrixOf = std::type_identity_t<View<T, dyn, dyn>>;  // to be converted to, not deduced
+}
+
+/// 8192 rows of TinyLlama's logits are 524 MB in bf16: enough rows for products at full speed, an eighth of them all at 65,536 tokens.
+template <class A>
+constexpr index_t default_logits_rows(const CudaDevice<A>*) { return 8192; }
+template <class A>
+constexpr index_t flash_backward_floats(const CudaDevice<A>*, index_t T, const HeadShape& shape) { return T * shape.heads; }
+
+template <class A>
+void gemm(CudaDevice<A>& dev, detail::MatrixOf<A> y, detail::MatrixOf<const A> a, detail::MatrixOf<const A> b, const GemmOptions& o = {}) { training_of(dev).gemm(y, a, b, o.accumulate); }
+template <class A>
+  requires(!std::is_same_v<A, float>)
+void gemm(CudaDevice<A>& dev, View<float, dyn, dyn> y, detail::MatrixOf<const A> a, detail::MatrixOf<const A> b, const GemmOptions& o = {}) { training_of(dev).gemm(y, a, b, o.accumulate); }
+inline void gemm_fp8(Cuda& dev, View<bf16, dyn, dyn> y, View<const bf16, dyn, dyn> x, View<const bf16, dyn, dyn> w) { training_of(dev).gemm_fp8(y, x, w); }
+inline void gemm_fp8_input(Cuda& dev, View<bf16, dyn, dyn> dx, View<const bf16, dyn, dyn> dy, View<const bf16, dyn, dyn> w) { training_of(dev).gemm_fp8_input(dx, dy, w); }
+inline void gemm_fp8_weight(Cuda& dev, View<float, dyn, dyn> dw, View<const bf16, dyn, dyn> x, View<const bf16, dyn, dyn> w, bool accumulate) { training_of(dev).gemm_fp8_weight(dw, x, w, accumulate); }
+template <class A>
+void flash_attention(CudaDevice<A>& dev, detail::MatrixOf<A> out, detail::MatrixOf<float> lse, detail::MatrixOf<const A> qkv, std::span<const Sequence> batch, const HeadShape& shape,
+                     const GemmOptions&) { training_of(dev).flash_attention(out, lse, qkv, batch, shape); }
+template <class A>
+void flash_attention_backward(CudaDevice<A>& dev, detail::MatrixOf<A> dqkv, detail::MatrixOf<const A> d_out, detail::MatrixOf<const A> qkv, detail::MatrixOf<const A> out,
+                              detail::MatrixOf<const float> lse, std::span<const Sequence> batch, const HeadShape& shape, float* delta, const GemmOptions&) {
+  training_of(dev).flash_attention_backward(dqkv, d_out, qkv, out, lse, batch, shape, delta);
+}
+template <class A>
+void rmsnorm_backward(CudaDevice<A>& dev, detail::MatrixOf<float> dx, detail::MatrixOf<A> rounded, detail::MatrixOf<const A> dy, detail::MatrixOf<const float> x, const float* gain, float* dgain,
+                      float eps, float*, detail::MatrixOf<A> normed) { training_of(dev).rmsnorm_backward(dx, rounded, dy, x, gain, dgain, eps, normed); }
+/// sum = x + added;  normed = rmsnorm(sum)
+template <class A>
+void add_rmsnorm(CudaDevice<A>& dev, detail::MatrixOf<A> normed, detail::MatrixOf<float> sum, detail::MatrixOf<const float> x, detail::MatrixOf<const A> added, const float* gain, float eps) {
+  training_of(dev).add_rmsnorm(normed, sum, x, added, gain, eps);
+}
+template <class A>
+void swiglu_backward(CudaDevice<A>& dev, detail::MatrixOf<A> dgate, detail::MatrixOf<A> dup, detail::MatrixOf<const A> dh, detail::MatrixOf<const A> gate, detail::MatrixOf<const A> up,
+                     detail::MatrixOf<A> h) {
+  training_of(dev).swiglu_backward(dgate, dup, dh, gate, up, h);
+}
+template <class A>
+void cross_entropy(CudaDevice<A>& dev, detail::MatrixOf<A> gradient, detail::MatrixOf<const A> logits, std::span<const std::int32_t> targets, const float* weights, float* losses) {
+  training_of(dev).cross_entropy(gradient, logits, targets, weights, losses);
+}
+template <class A>
+void embedding_backward(CudaDevice<A>& dev, detail::MatrixOf<float> table, std::span<const std::int32_t> ids, detail::MatrixOf<const float> dx) { training_of(dev).embedding_backward(table, ids, dx); }
+template <class A>
+void adamw(CudaDevice<A>& dev, const AdamwTask& task, std::span<const AdamwRange> ranges, A* rounded) { training_of(dev).adamw(task, ranges, rounded); }
+template <class A>
+void round_to(CudaDevice<A>& dev, A* to, const float* from, index_t n) { training_of(dev).round_to(to, from, n); }
+template <class A>
+double sum_of_squares(CudaDevice<A>& dev, const float* x, index_t n) { return training_of(dev).sum_of_squares(x, n); }
+template <class A>
+void fill(CudaDevice<A>& dev, float* x, index_t n, float value) { training_of(dev).fill(x, n, value); }
+template <class A>
+void scale(CudaDevice<A>& dev, detail::MatrixOf<A> x, float by) { training_of(dev).scale(x, by); }
+template <class A>
+  requires(!std::is_same_v<A, float>)
+void scale(CudaDevice<A>& dev, View<float, dyn, dyn> x, float by) { training_of(dev).scale(x, by); }
+template <class A>
+void add(CudaDevice<A>& dev, detail::MatrixOf<A> x, detail::MatrixOf<const A> y) { training_of(dev).add(x, y); }
+template <class A>
+void dropout(CudaDevice<A>& dev, detail::MatrixOf<A> out, detail::MatrixOf<const A> x, float p, std::uint64_t key) { training_of(dev).dropout(out, x, p, key); }
+template <class A>
+void send(CudaDevice<A>& dev, void* to, const void* from, std::size_t bytes) { training_of(dev).send(to, from, bytes); }
+
+static_assert(TrainingDevice<Cuda> && TrainingDevice<CudaF32>);
+
+}  // namespace tinyllama

@@ -1,0 +1,392 @@
+// Training's operations on a card as launches of kernels. For nvcc; units of other compilers link with one that has these (device/cuda_training.cu).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "tinyllama/device/cuda_operations.cuh"
+#include "tinyllama/device/cuda_training.cuh"
+#include "tinyllama/kernels/cuda/adamw.cuh"
+#include "tinyllama/kernels/cuda/attention_gradient.cuh"
+#include "tinyllama/kernels/cuda/elementwise.cuh"
+#include "tinyllama/kernels/cuda/embedding_gradient.cuh"
+#include "tinyllama/kernels/cuda/fp8.cuh"
+#include "tinyllama/kernels/cuda/loss.cuh"
+#include "tinyllama/kernels/cuda/rmsnorm_gradient.cuh"
+#include "tinyllama/kernels/cuda/swiglu_gradient.cuh"
+
+namespace tinyllama {
+
+template <class A>
+CudaTraining<A>::CudaTraining(CudaDevice<A>& dev)
+    : dev_(&dev), blas_(dev.card()), sequences_upload_(dev.card(), dev.pool(), dev.stream()), ids_upload_(dev.card(), dev.pool(), dev.stream()) {
+#if defined(TINYLLAMA_CUDNN)
+  if constexpr (std::is_same_v<A, bf16>)
+    if (const cuda::CudnnApi* api = cuda::CudnnApi::find()) {
+      const cuda::Current here(dev.card());
+      cudnn_ = std::make_unique<cuda::CudnnAttention>(*api, dev.stream());
+    }
+#endif
+}
+
+template <class A>
+template <class Y>
+void CudaTraining<A>::product(M<Y> y, M<const A> a, M<const A> b, bool accumulate) {
+  const cuda::Current here(dev_->card());
+  const index_t m = y.extent(0), n = y.extent(1), k = a.extent(1);
+  if (a.extent(0) != m || b.extent(0) != n || b.extent(1) != k)
+    throw Error("gemm", "shapes", "y [M, N] = a [M, K] b [N, K]^T",
+                "[" + std::to_string(m) + ", " + std::to_string(n) + "] = " + detail::shape_text(a.shape()) + " " + detail::shape_text(b.shape()) + "^T");
+  if (m == 0 || n == 0 || k == 0) return;
+  struct Side {
+    index_t ld;
+    bool transposed;
+  };
+  const auto side = [](const char* which, M<const A> v) -> Side {
+    if (v.stride(1) == 1 || v.extent(1) == 1) return {std::max(v.extent(0) > 1 ? v.stride(0) : 0, v.extent(1)), false};
+    if (v.stride(0) == 1 || v.extent(0) == 1) return {std::max(v.stride(1), v.extent(0)), true};
+    throw Error("gemm", which, "adjacent elements along one axis", "strides " + detail::shape_text(v.strides()));
+  };
+  if (n > 1 && y.stride(1) != 1) throw Error("gemm", "y", "rows of adjacent elements", "strides " + detail::shape_text(y.strides()));
+  const Side left = side("a", a), right = side("b", b);
+  cuda::BlasTask t{b.data(), a.data(), y.data(), right.ld, left.ld, std::max(y.stride(0), n), m, n, k, cuda::blas_type<A>(), cuda::blas_type<Y>()};
+  t.w_transposed = right.transposed, t.x_transposed = left.transposed, t.accumulate = accumulate, t.measure = m * n * k >= index_t{1} << 30 ? 1 : 0;
+  if (!start(t)) throw Error("gemm", "operands", "rows that cuBLASLt takes: multiples of 16 bytes", "[" + std::to_string(m) + ", " + std::to_string(k) + "] by [" + std::to_string(n) + ", " + std::to_string(k) + "]^T");
+}
+
+template <class A>
+bool CudaTraining<A>::start(const cuda::BlasTask& t) {
+  constexpr std::size_t workspace_bytes = CudaDevice<A>::blas_workspace;
+  return blas_.multiply(dev_->stream(), t, dev_->scratch(workspace_bytes), workspace_bytes);
+}
+
+template <class A>
+void CudaTraining<A>::gemm(M<A> y, M<const A> a, M<const A> b, bool accumulate) { product(y, a, b, accumulate); }
+template <class A>
+void CudaTraining<A>::gemm(M<float> y, M<const A> a, M<const A> b, bool accumulate)
+  requires(!std::is_same_v<A, float>)
+{ product(y, a, b, accumulate); }
+
+#if defined(TINYLLAMA_CUDNN)
+template <class A>
+bool CudaTraining<A>::cudnn_shape(cuda::CudnnAttentionShape& s, std::span<const Sequence> batch, const HeadShape& shape, index_t ld_qkv, index_t ld_out) {
+  if (!cudnn_ || plain_attention || batch.empty() || shape.head_dim % 8 || shape.head_dim > 128) return false;
+  const index_t tokens = batch.front().tokens, first = batch.front().first_row;
+  for (std::size_t i = 0; i < batch.size(); ++i)
+    if (batch[i].tokens != tokens || batch[i].first_row != first + static_cast<index_t>(i) * tokens) return false;
+  s = {static_cast<std::int64_t>(batch.size()), tokens, shape.heads, shape.kv_heads, shape.head_dim, ld_qkv, ld_out};
+  if (cudnn_->takes(s)) return true;
+  cudnn_failure_ = cudnn_->failure();
+  return false;
+}
+#endif
+
+template <class A>
+bool CudaTraining<A>::uses_cudnn(index_t count, index_t tokens, const HeadShape& shape) {
+#if defined(TINYLLAMA_CUDNN)
+  const cuda::Current here(dev_->card());
+  std::vector<Sequence> batch;
+  for (index_t i = 0; i < count; ++i) batch.push_back({.first_row = i * tokens, .tokens = tokens});
+  cuda::CudnnAttentionShape s{};
+  return cudnn_shape(s, batch, shape, (shape.heads + 2 * shape.kv_heads) * shape.head_dim, shape.heads * shape.head_dim);
+#else
+  return false;
+#endif
+}
+
+template <class A>
+const cuda::BatchSequence* CudaTraining<A>::sequences(std::span<const Sequence> batch, int& most_tokens) {
+  const auto same = [](const Sequence& a, const Sequence& b) { return a.first_row == b.first_row && a.tokens == b.tokens; };
+  most_tokens = 0;
+  for (const Sequence& s : batch) most_tokens = std::max(most_tokens, static_cast<int>(s.tokens));
+  if (on_card_ && std::equal(batch.begin(), batch.end(), last_.begin(), last_.end(), same)) return on_card_;
+  last_.assign(batch.begin(), batch.end());
+  auto* to = reinterpret_cast<cuda::BatchSequence*>(sequences_upload_.begin(batch.size() * sizeof(cuda::BatchSequence)));
+  for (const Sequence& s : batch) *to++ = {static_cast<std::int32_t>(s.first_row), static_cast<std::int32_t>(s.tokens), 0, 0};
+  return on_card_ = reinterpret_cast<const cuda::BatchSequence*>(sequences_upload_.send());
+}
+
+namespace cuda {
+template <class A>
+AttentionGradientTask<A> attention_task(View<const A, dyn, dyn> qkv, A* out, index_t ld_out, float* lse, const HeadShape& shape) {
+  AttentionGradientTask<A> t{};
+  t.qkv = qkv.data(), t.ld = qkv.stride(0), t.out = out, t.ld_out = ld_out, t.lse = lse;
+  t.heads = static_cast<int>(shape.heads), t.kv_heads = static_cast<int>(shape.kv_heads), t.head_dim = static_cast<int>(shape.head_dim);
+  t.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
+  return t;
+}
+}  // namespace cuda
+
+// ---- 8-bit floats
+
+template <class A>
+typename CudaTraining<A>::Fp8Matrix& CudaTraining<A>::fp8(M<const A> w) {
+  if (!scales_) {
+    scales_ = std::make_unique<cuda::PoolMemory>(dev_->card(), dev_->pool(), dev_->stream());
+    std::byte* const at = scales_->reserve(most_scales * (sizeof(cuda::Fp8Scale) + 1));
+    std::vector<std::uint8_t> formats(most_scales);
+    for (std::size_t i = 0; i < formats.size(); ++i) formats[i] = static_cast<std::uint8_t>(i % 3 == 2 ? cuda::Fp8::e5m2 : cuda::Fp8::e4m3);
+    dev_->zero(at, most_scales * sizeof(cuda::Fp8Scale));
+    dev_->upload(at + most_scales * sizeof(cuda::Fp8Scale), formats.data(), formats.size());
+  }
+  const auto [it, fresh] = fp8_.try_emplace(w.data());
+  Fp8Matrix& m = it->second;
+  if (fresh) {
+    if (3 * fp8_.size() > static_cast<std::size_t>(most_scales)) throw Error("fp8", "matrices", "at most " + std::to_string(most_scales / 3), std::to_string(fp8_.size()));
+    m.scale = 3 * static_cast<int>(fp8_.size() - 1);
+    m.weights = std::make_unique<cuda::PoolMemory>(dev_->card(), dev_->pool(), dev_->stream());
+  }
+  if (m.version != weights_version_) {
+    auto* rows = reinterpret_cast<std::uint8_t*>(m.weights->reserve(2 * static_cast<std::size_t>(w.size())));
+    bool known = m.version != 0;  // weights move little in a step
+    quantise(w, false, rows, rows + w.size(), m.scale, known);
+    m.version = weights_version_;
+  }
+  return m;
+}
+
+template <class A>
+const float* CudaTraining<A>::inverse(int scale) const { return &(reinterpret_cast<const cuda::Fp8Scale*>(scales_->data()) + scale)->inverse; }
+
+template <class A>
+void CudaTraining<A>::quantise(M<const A> x, bool gradient, std::uint8_t* q, std::uint8_t* transposed, int scale, bool& known) {
+  if constexpr (std::is_same_v<A, bf16>) {
+    auto* const scales = reinterpret_cast<cuda::Fp8Scale*>(scales_->data());
+    const cuda::QuantiseTask t{x.data(), x.stride(0), q, transposed, scales + scale, static_cast<int>(x.extent(0)), static_cast<int>(x.extent(1))};
+    if (!std::exchange(known, true)) {
+      dev_->zero(scales + scale, sizeof *scales);
+      cuda::magnitude(dev_->stream(), t);
+      cuda::rescale(dev_->stream(), scales, most_scales, reinterpret_cast<const std::uint8_t*>(scales + most_scales), scale);
+    }
+    cuda::quantise(dev_->stream(), gradient ? cuda::Fp8::e5m2 : cuda::Fp8::e4m3, t);
+  }
+}
+
+template <class A>
+std::uint8_t* CudaTraining<A>::place(std::unique_ptr<cuda::PoolMemory>& m, index_t bytes) {
+  if (!m) m = std::make_unique<cuda::PoolMemory>(dev_->card(), dev_->pool(), dev_->stream());
+  return reinterpret_cast<std::uint8_t*>(m->reserve(static_cast<std::size_t>(bytes)));
+}
+
+namespace cuda {
+/// y [m, n] = x [m, k] w [n, k]^T of contiguous rows of 8-bit floats.
+template <class Y>
+BlasTask fp8_task(View<Y, dyn, dyn> y, const std::uint8_t* x, bool x_gradient, const float* x_scale, const std::uint8_t* w, bool w_gradient, const float* w_scale, index_t k) {
+  BlasTask t{w, x, y.data(), k, k, y.stride(0), y.extent(0), y.extent(1), k, w_gradient ? CUDA_R_8F_E5M2 : CUDA_R_8F_E4M3, blas_type<Y>()};
+  t.in_x = x_gradient ? CUDA_R_8F_E5M2 : CUDA_R_8F_E4M3;
+  t.w_scale = w_scale, t.x_scale = x_scale, t.measure = 1;
+  return t;
+}
+inline void expect_product(bool found) {
+  if (!found) throw Error("fp8", "a product", "one that cuBLASLt has kernels for (Hopper, sizes in multiples of 16)", "none");
+}
+}  // namespace cuda
+
+template <class A>
+void CudaTraining<A>::gemm_fp8(M<A> y, M<const A> x, M<const A> w)
+  requires std::is_same_v<A, bf16>
+{
+  const cuda::Current here(dev_->card());
+  Fp8Matrix& m = fp8(w);
+  std::uint8_t* const q = place(x_, x.size());
+  quantise(x, false, q, nullptr, m.scale + 1, m.x_known);
+  const auto* rows = reinterpret_cast<const std::uint8_t*>(m.weights->data());
+  auto t = cuda::fp8_task(y, q, false, inverse(m.scale + 1), rows, false, inverse(m.scale), w.extent(1));
+  t.fast_sums = true;
+  cuda::expect_product(start(t));
+}
+
+template <class A>
+void CudaTraining<A>::gemm_fp8_input(M<A> dx, M<const A> dy, M<const A> w)
+  requires std::is_same_v<A, bf16>
+{
+  const cuda::Current here(dev_->card());
+  Fp8Matrix& m = fp8(w);
+  std::uint8_t* const q = place(dy_rows_, dy.size());
+  dy_transposed_ = place(dy_columns_, dy.size()), dy_tokens_ = dy.extent(0);
+  quantise(dy, true, q, dy_transposed_, m.scale + 2, m.dy_known);
+  const auto* columns = reinterpret_cast<const std::uint8_t*>(m.weights->data()) + w.size();
+  const auto t = cuda::fp8_task(dx, q, true, inverse(m.scale + 2), columns, false, inverse(m.scale), w.extent(0));
+  cuda::expect_product(start(t));
+}
+
+template <class A>
+void CudaTraining<A>::gemm_fp8_weight(M<float> dw, M<const A> x, M<const A> w, bool accumulate)
+  requires std::is_same_v<A, bf16>
+{
+  const cuda::Current here(dev_->card());
+  Fp8Matrix& m = fp8(w);
+  if (!dy_transposed_ || dy_tokens_ != x.extent(0)) throw Error("fp8", "a gradient of weights", "after that of the input", "another order");
+  std::uint8_t* const q = place(x_, x.size());
+  quantise(x, false, nullptr, q, m.scale + 1, m.x_known);
+  auto t = cuda::fp8_task(dw, dy_transposed_, true, inverse(m.scale + 2), q, false, inverse(m.scale + 1), x.extent(0));
+  t.accumulate = accumulate;
+  cuda::expect_product(start(t));
+}
+
+template <class A>
+void CudaTraining<A>::flash_attention(M<A> out, M<float> lse, M<const A> qkv, std::span<const Sequence> batch, const HeadShape& shape) {
+  const cuda::Current here(dev_->card());
+#if defined(TINYLLAMA_CUDNN)
+  if constexpr (std::is_same_v<A, bf16>)
+    if (cuda::CudnnAttentionShape s{}; cudnn_shape(s, batch, shape, qkv.stride(0), out.stride(0))) {
+      const index_t first = batch.front().first_row;
+      return cudnn_->forward(s, qkv.data() + first * qkv.stride(0), out.data() + first * out.stride(0), lse.data() + first * lse.stride(0), dev_->scratch(cudnn_->forward_workspace(s)));
+    }
+#endif
+  auto t = cuda::attention_task<A>(qkv, out.data(), out.stride(0), lse.data(), shape);
+  t.sequences = sequences(batch, t.most_tokens), t.count = static_cast<int>(batch.size());
+  cuda::attention_forward_any(dev_->stream(), t);
+}
+
+template <class A>
+void CudaTraining<A>::flash_attention_backward(M<A> dqkv, M<const A> d_out, M<const A> qkv, M<const A> out, M<const float> lse, std::span<const Sequence> batch, const HeadShape& shape, float* delta) {
+  const cuda::Current here(dev_->card());
+#if defined(TINYLLAMA_CUDNN)
+  if constexpr (std::is_same_v<A, bf16>)
+    if (cuda::CudnnAttentionShape s{}; dqkv.stride(0) == qkv.stride(0) && d_out.stride(0) == out.stride(0) && cudnn_shape(s, batch, shape, qkv.stride(0), out.stride(0))) {
+      const index_t r = batch.front().first_row;
+      return cudnn_->backward(s, qkv.data() + r * qkv.stride(0), out.data() + r * out.stride(0), lse.data() + r * lse.stride(0), d_out.data() + r * d_out.stride(0),
+                              dqkv.data() + r * dqkv.stride(0), dev_->scratch(cudnn_->backward_workspace(s)));
+    }
+#endif
+  // The forward pass wrote out and lse; backward reads them.
+  auto t = cuda::attention_task<A>(qkv, const_cast<A*>(out.data()), out.stride(0), const_cast<float*>(lse.data()), shape);
+  t.d_out = d_out.data(), t.ld_d_out = d_out.stride(0), t.dqkv = dqkv.data(), t.ld_dqkv = dqkv.stride(0), t.delta = delta;
+  t.sequences = sequences(batch, t.most_tokens), t.count = static_cast<int>(batch.size());
+  cuda::attention_backward_any(dev_->stream(), t);
+}
+
+template <class A>
+void CudaTraining<A>::rmsnorm_backward(M<float> dx, M<A> rounded, M<const A> dy, M<const float> x, const float* gain, float* dgain, float eps, M<A> normed) {
+  const cuda::Current here(dev_->card());
+  const bool apart = static_cast<const void*>(rounded.data()) != dx.data();
+  auto* partial = dgain ? reinterpret_cast<float*>(dev_->scratch(static_cast<std::size_t>(cuda::gain_blocks * dx.extent(1)) * sizeof(float))) : nullptr;
+  cuda::rmsnorm_gradient<A>(dev_->stream(), {dx.data(), dx.stride(0), apart ? rounded.data() : nullptr, rounded.stride(0), normed.extent(0) ? normed.data() : nullptr, normed.stride(0),
+                                             dy.data(), dy.stride(0), x.data(), x.stride(0), gain, nullptr,
+                                             static_cast<int>(dx.extent(0)), static_cast<int>(dx.extent(1)), eps}, dgain, partial);
+}
+
+template <class A>
+void CudaTraining<A>::add_rmsnorm(M<A> normed, M<float> sum, M<const float> x, M<const A> added, const float* gain, float eps) {
+  const cuda::Current here(dev_->card());
+  cuda::add_rmsnorm<A>(dev_->stream(), {normed.data(), normed.stride(0), sum.data(), sum.stride(0), x.data(), x.stride(0), added.data(), added.stride(0), gain, static_cast<int>(x.extent(0)),
+                                        static_cast<int>(x.extent(1)), eps});
+}
+
+template <class A>
+void CudaTraining<A>::swiglu_backward(M<A> dgate, M<A> dup, M<const A> dh, M<const A> gate, M<const A> up, M<A> h) {
+  const cuda::Current here(dev_->card());
+  if (dgate.stride(0) != dup.stride(0) || gate.stride(0) != up.stride(0)) throw Error("swiglu_backward", "gate and up", "rows at the same distance", "others");
+  cuda::swiglu_gradient<A>(dev_->stream(), {dgate.data(), dup.data(), dgate.stride(0), dh.data(), dh.stride(0), gate.data(), up.data(), gate.stride(0), h.extent(0) ? h.data() : nullptr, h.stride(0),
+                                            static_cast<int>(dh.extent(0)), static_cast<int>(dh.extent(1))});
+}
+
+template <class A>
+void CudaTraining<A>::cross_entropy(M<A> gradient, M<const A> logits, std::span<const std::int32_t> targets, const float* weights, float* losses) {
+  const cuda::Current here(dev_->card());
+  cuda::cross_entropy<A>(dev_->stream(), {gradient.extent(0) ? gradient.data() : nullptr, gradient.stride(0), logits.data(), logits.stride(0), targets.data(), weights, losses,
+                                          static_cast<int>(logits.extent(0)), static_cast<int>(logits.extent(1))});
+}
+
+template <class A>
+void CudaTraining<A>::embedding_backward(M<float> table, std::span<const std::int32_t> ids, M<const float> dx) {
+  const cuda::Current here(dev_->card());
+  // By counting: starts of each id, then rows in their order.
+  const auto vocab = static_cast<std::size_t>(table.extent(0)), rows = ids.size();
+  count_.assign(vocab + 1, 0);
+  for (const std::int32_t id : ids) ++count_[static_cast<std::size_t>(id)];
+  std::size_t distinct = 0;
+  for (std::size_t v = 0; v < vocab; ++v) distinct += count_[v] > 0;
+  auto* id = reinterpret_cast<std::int32_t*>(ids_upload_.begin((2 * distinct + 1 + rows) * sizeof(std::int32_t)));
+  auto *starts = id + distinct, *order = starts + distinct + 1;
+  std::int32_t at = 0;
+  for (std::size_t v = 0, i = 0; v < vocab; ++v) {
+    const std::int32_t n = count_[v];
+    if (n == 0) continue;
+    id[i] = static_cast<std::int32_t>(v), starts[i++] = at;
+    count_[v] = at, at += n;
+  }
+  starts[distinct] = at;
+  for (std::size_t r = 0; r < rows; ++r) order[count_[static_cast<std::size_t>(ids[r])]++] = static_cast<std::int32_t>(r);
+  const auto* card = reinterpret_cast<const std::int32_t*>(ids_upload_.send());
+  cuda::embedding_gradient(dev_->stream(), {table.data(), dx.data(), table.stride(0), dx.stride(0), card, card + distinct, card + 2 * distinct + 1, static_cast<int>(distinct),
+                                            static_cast<int>(table.extent(1))});
+}
+
+template <class A>
+void CudaTraining<A>::adamw(const AdamwTask& task, std::span<const AdamwRange> ranges, A* rounded) {
+  const cuda::Current here(dev_->card());
+  // The scales of the next step are made for what this one has seen.
+  ++weights_version_;
+  if (scales_) cuda::rescale(dev_->stream(), reinterpret_cast<cuda::Fp8Scale*>(scales_->data()), most_scales, reinterpret_cast<const std::uint8_t*>(scales_->data() + most_scales * sizeof(cuda::Fp8Scale)));
+  if constexpr (std::is_same_v<A, bf16>) cuda::adamw(dev_->stream(), task, ranges, rounded);
+  else cuda::adamw(dev_->stream(), task, ranges, nullptr);
+}
+
+template <class A>
+void CudaTraining<A>::round_to(A* to, const float* from, index_t n) {
+  const cuda::Current here(dev_->card());
+  // Other weights, maybe of another model at the same address: nothing is known of what they meet.
+  ++weights_version_;
+  for (auto m = fp8_.lower_bound(to); m != fp8_.end() && m->first < to + n; ++m) m->second.version = 0, m->second.x_known = m->second.dy_known = false;
+  if (static_cast<const void*>(to) != from) cuda::round_to(dev_->stream(), to, from, n);
+}
+
+template <class A>
+double CudaTraining<A>::sum_of_squares(const float* x, index_t n) {
+  const cuda::Current here(dev_->card());
+  auto* partial = reinterpret_cast<double*>(dev_->scratch(cuda::square_blocks * sizeof(double)));
+  cuda::sum_of_squares(dev_->stream(), partial, x, n);
+  std::array<double, cuda::square_blocks> sums;
+  dev_->download(sums.data(), partial, sizeof sums);
+  double total = 0;
+  for (const double s : sums) total += s;
+  return total;
+}
+
+template <class A>
+void CudaTraining<A>::fill(float* x, index_t n, float value) {
+  const cuda::Current here(dev_->card());
+  if (value == 0.0f) dev_->zero(x, static_cast<std::size_t>(n) * sizeof(float));
+  else cuda::fill(dev_->stream(), x, n, value);
+}
+template <class A>
+void CudaTraining<A>::scale(M<A> x, float by) {
+  const cuda::Current here(dev_->card());
+  cuda::scale(dev_->stream(), x.data(), x.stride(0), x.extent(0), x.extent(1), by);
+}
+template <class A>
+void CudaTraining<A>::scale(M<float> x, float by)
+  requires(!std::is_same_v<A, float>)
+{
+  const cuda::Current here(dev_->card());
+  cuda::scale(dev_->stream(), x.data(), x.stride(0), x.extent(0), x.extent(1), by);
+}
+template <class A>
+void CudaTraining<A>::add(M<A> x, M<const A> y) {
+  const cuda::Current here(dev_->card());
+  cuda::add_to(dev_->stream(), x.data(), x.stride(0), y.data(), y.stride(0), x.extent(0), x.extent(1));
+}
+template <class A>
+void CudaTraining<A>::dropout(M<A> out, M<const A> x, float p, std::uint64_t key) {
+  const cuda::Current here(dev_->card());
+  cuda::dropout(dev_->stream(), out.data(), out.stride(0), x.data(), x.stride(0), x.extent(0), x.extent(1), p, key);
+}
+
+template <class A>
+void CudaTraining<A>::send(void* to, const void* from, std::size_t bytes) {
+  if (bytes == 0) return;
+  const cuda::Current here(dev_->card());
+  Slot& s = slots_[next_];
+  next_ = (next_ + 1) % slots_.size();
+  if (s.used) s.copied.synchronize();
+  std::byte* const host = s.pinned.reserve(bytes);
+  std::memcpy(host, from, bytes);
+  cuda::check(cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, dev_->stream()), "cudaMemcpyAsync", std::to_string(bytes) + " bytes");
+  if (!s.used) s.copied = cuda::Event(), s.used = true;
+  s.copied.record(dev_->stream());
+}
+
+}  // namespace tinyllama

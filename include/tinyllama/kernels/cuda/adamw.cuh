@@ -1,0 +1,116 @@
+// AdamW on all weights in one launch (arXiv 1711.05101), with clipping and the weights' rounded copy in the same pass; and sums of squares.
+//
+//   p -= lr decay p;  m, v averages of g and g^2 for g = scale gradient;  p -= lr m' / (sqrt(v') + eps)
+#pragma once
+
+#include <array>
+#include <span>
+
+#include "tinyllama/kernels/cuda/reduce.cuh"
+#include "tinyllama/kernels/cuda/vectors.cuh"
+#include "tinyllama/kernels/training.hpp"
+
+namespace tinyllama::cuda {
+
+/// `ends`: where ranges end, of which every second one decays, from the first on if `first_decays`.
+struct AdamwArgs {
+  static constexpr int most = 256;
+  float *p, *m, *v;
+  const float* gradient;
+  bf16* rounded;  // or null
+  index_t n;
+  float lr, decay, beta1, beta2, rest1, rest2, eps, correction1, correction2, scale;
+  int ranges;
+  bool first_decays;
+  index_t ends[most];
+};
+
+// A block 1024 vectors of 4: 28 bytes read and written of a weight, 30 with its copy.
+static __global__ void __launch_bounds__(256) adamw_kernel(const __grid_constant__ AdamwArgs t) {
+  using F = Vec<float, 4>;
+  const index_t first = static_cast<index_t>(blockIdx.x) * 4096;
+  int range = 0;
+  for (int low = 0, high = t.ranges - 1; low < high;) {  // the first range that ends behind `first`
+    const int middle = (low + high) / 2;
+    if (t.ends[middle] > first) high = middle;
+    else low = middle + 1;
+    range = low;
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const index_t i = first + 4 * (k * 256 + static_cast<int>(threadIdx.x));
+    if (i >= t.n) return;
+    const auto one = [&](float& p, float& m, float& v, float gradient, index_t at) {
+      while (range + 1 < t.ranges && at >= t.ends[range]) ++range;
+      const bool decays = t.first_decays == (range % 2 == 0);
+      const float g = gradient * t.scale;
+      m = t.beta1 * m + t.rest1 * g, v = t.beta2 * v + t.rest2 * g * g;
+      p = p * (decays ? t.decay : 1.0f) - t.lr * (m / t.correction1) / (sqrtf(v / t.correction2) + t.eps);
+    };
+    if (i + 4 <= t.n) {
+      F p = *reinterpret_cast<const F*>(t.p + i), m = *reinterpret_cast<const F*>(t.m + i), v = *reinterpret_cast<const F*>(t.v + i);
+      const F g = *reinterpret_cast<const F*>(t.gradient + i);
+      Vec<bf16, 4> r;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) one(p.at[j], m.at[j], v.at[j], g.at[j], i + j), r.at[j] = from_float<bf16>(p.at[j]);
+      *reinterpret_cast<F*>(t.p + i) = p, *reinterpret_cast<F*>(t.m + i) = m, *reinterpret_cast<F*>(t.v + i) = v;
+      if (t.rounded) *reinterpret_cast<Vec<bf16, 4>*>(t.rounded + i) = r;
+    } else {
+      for (index_t j = i; j < t.n; ++j) {
+        one(t.p[j], t.m[j], t.v[j], t.gradient[j], j);
+        if (t.rounded) t.rounded[j] = from_float<bf16>(t.p[j]);
+      }
+    }
+  }
+}
+
+/// The arrays of `t` are made up of `ranges` and start at multiples of 16 bytes, `rounded` (or null) at one of 8.
+inline void adamw(cudaStream_t stream, const AdamwTask& t, std::span<const AdamwRange> ranges, bf16* rounded) {
+  if (t.n == 0) return;
+  for (const void* p : {static_cast<const void*>(t.p), static_cast<const void*>(t.m), static_cast<const void*>(t.v), static_cast<const void*>(t.gradient)})
+    if (reinterpret_cast<std::uintptr_t>(p) % 16) throw Error("adamw", "arrays", "at multiples of 16 bytes", "another address");
+  AdamwArgs a{t.p, t.m, t.v, t.gradient, rounded, t.n, t.lr, 1.0f - t.lr * t.decay, t.beta1, t.beta2, static_cast<float>(1.0 - static_cast<double>(t.beta1)),
+              static_cast<float>(1.0 - static_cast<double>(t.beta2)), t.eps, t.correction1, t.correction2, t.scale, 0, true, {}};
+  index_t end = 0;
+  for (const AdamwRange& r : ranges) {
+    const bool last_decays = a.first_decays == (a.ranges % 2 == 1);  // of the range before
+    end += r.n;
+    if (a.ranges == 0) a.first_decays = r.decays;
+    else if (r.decays == last_decays) --a.ranges;
+    if (a.ranges == AdamwArgs::most) throw Error("adamw", "ranges", "at most " + std::to_string(AdamwArgs::most), std::to_string(ranges.size()));
+    a.ends[a.ranges++] = end;
+  }
+  if (end != t.n) throw Error("adamw", "ranges", std::to_string(t.n) + " weights together", std::to_string(end));
+  adamw_kernel<<<static_cast<unsigned>(ceil_div(t.n, 4096)), 256, 0, stream>>>(a);
+  launched("adamw");
+}
+
+inline constexpr int square_blocks = 1024;  // fixed, as the order of a sum is
+
+/// partial [square_blocks] = sums of x_i^2 over equal parts of x.
+static __global__ void __launch_bounds__(512) sum_of_squares_kernel(double* partial, const float* x, index_t n) {
+  __shared__ double sums[16];
+  double sum = 0;
+  const index_t vectors = n / 4, step = static_cast<index_t>(gridDim.x) * 512;
+  for (index_t v = static_cast<index_t>(blockIdx.x) * 512 + threadIdx.x; v < vectors; v += step) {
+    const auto a = reinterpret_cast<const Vec<float, 4>*>(x)[v];
+    sum += static_cast<double>(a.at[0] * a.at[0] + a.at[1] * a.at[1] + a.at[2] * a.at[2] + a.at[3] * a.at[3]);
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0)
+    for (index_t i = 4 * vectors; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x) return;
+  for (int w = 1; w < 16; ++w) sum += sums[w];
+  partial[blockIdx.x] = sum;
+}
+
+inline void sum_of_squares(cudaStream_t stream, double* partial, const float* x, index_t n) {
+  if (reinterpret_cast<std::uintptr_t>(x) % 16) throw Error("sum_of_squares", "x", "at a multiple of 16 bytes", "another address");
+  sum_of_squares_kernel<<<square_blocks, 512, 0, stream>>>(partial, x, n);
+  launched("sum_of_squares");
+}
+
+}  // namespace tinyllama::cuda
