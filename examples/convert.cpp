@@ -98,7 +98,7 @@ int main(int argc, char** argv) {
   app.add_option("--from", o.from, "a Hugging Face folder, a lit or GGUF file, a llama2.c .bin, or a training run: its newest checkpoint")->required();
   app.add_option("--to", o.to, "what to write")->required();
   app.add_option("--to-format", o.to_format, "hf, lit (a folder, or one .pth file) or gguf")->check(CLI::IsMember({"hf", "lit", "gguf"}));
-  app.add_option("--dtype", o.dtype, "f32, bf16 or f16; for GGUF also q8_0, q4_K_M, ...")->check(format)->capture_default_str();
+  app.add_option("--dtype", o.dtype, "f32, bf16 or f16; for a folder also f8_e4m3; for GGUF also q8_0, q4_K_M, ...")->check(format)->capture_default_str();
   app.add_option("--config", o.config, "for a lit checkpoint without lit_config.json: a config.json or the name of a preset");
   app.add_option("--key", o.key, "in a lit file, put the tensors under this key, as training does under \"model\"");
   app.add_option("--max-shard-gb", o.shard_gb, "cut a folder's weights into files of at most this size")->check(CLI::Range(0.001, 1e6));

@@ -29,7 +29,7 @@ def compare(model_path, program, positions=512):
         torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         for name, options in (("ours", ["--dtype", "auto", "--cache", "bf16"]), ("ours, token by token", ["--dtype", "auto", "--cache", "bf16", "--step"]),
-                              ("ours, q8_0 cache", ["--dtype", "auto", "--cache", "q8_0"])):
+                              ("ours, q8_0 cache", ["--dtype", "auto", "--cache", "q8_0"]), ("ours, f8_e4m3 cache", ["--dtype", "auto", "--cache", "f8_e4m3"])):
             out = pathlib.Path(folder) / "logits.npy"
             subprocess.run([program, "--model", model_path, "--device", "cuda", "--ids", ",".join(map(str, ids)), "--out", str(out), *options], check=True)
             logits[name] = np.load(out)

@@ -4,6 +4,7 @@
 #include <doctest/doctest.h>
 
 #include "tests/model/golden.hpp"
+#include "tinyllama/io/convert.hpp"
 #include "tinyllama/kernels/reference.hpp"
 
 namespace tl = tinyllama;
@@ -178,4 +179,29 @@ TEST_CASE("llama: caches of 16 and 8 bits and bf16 products stay within their fo
   const double e4m3 = error({.compute = tl::Compute::f32, .cache = tl::Format::f8_e4m3});
   CHECK(e4m3 < 0x1p-4);  // half a step
   CHECK(e4m3 > bf16);
+}
+
+TEST_CASE("llama: weights of 8-bit floats are expanded to bf16 with their scales, packed file or not") {
+  const TempFolder tmp;
+  const auto from = tl::open_checkpoint(golden_folder<golden_gqa>());
+  tl::save_safetensors(from, tmp / "e4m3", {.format = tl::Format::f8_e4m3});
+  const auto narrow = tl::open_checkpoint(tmp / "e4m3");
+  tl::save_safetensors(narrow, tmp / "f32", {.format = tl::Format::f32});   // the same values
+  tl::save_safetensors(narrow, tmp / "bf16", {.format = tl::Format::bf16});  // rounded as the loader rounds them
+  const Golden<golden_gqa> g;
+  tl::Cpu dev;
+  const auto logits = [&](const char* folder, tl::LoadOptions o = exact()) {
+    const auto l = tl::load<golden_gqa>(dev, tmp / folder, o).start().logits_of(g.row(0));
+    return std::vector<float>(l.span().begin(), l.span().end());
+  };
+  const auto got = logits("e4m3");
+  CHECK(got == logits("bf16"));
+  CHECK(relative_error(got, logits("f32")) < 8e-3);  // 2^-8 of each weight, through two layers
+  const double error = relative_error(got, g.expected(0));
+  CHECK(error < 0.1);
+  CHECK(error > 8e-3);  // it is in use
+  tl::LoadOptions packed = exact();
+  packed.packed = tmp / "packed";
+  CHECK(logits("e4m3", packed) == got);
+  CHECK(logits("e4m3", packed) == got);  // mapped
 }
