@@ -26,6 +26,9 @@ namespace tinyllama {
 
 template <class A>
 class CudaTraining;  // device/cuda_training.cuh
+namespace cuda {
+struct StreamTask;
+}
 
 /// One card, one stream, activations of type A between products (bf16, or float for exactness). One thread at a time may call its operations, which return
 /// before their work is done; models and sessions refer to the device and must not outlive it. Any number of devices may share a card.
@@ -51,7 +54,7 @@ class CudaDevice {
 
   CudaDevice() : CudaDevice(Options()) {}
   explicit CudaDevice(Options options) : card_(checked(options.card)), stream_(card_), pool_(card_), blas_(card_), batch_upload_(card_, pool_.get(), stream_.get()), draws_(card_, pool_.get(), stream_.get()),
-                                        few_(card_, pool_.get(), stream_.get()), many_(card_, pool_.get(), stream_.get()), counters_(card_, pool_.get(), stream_.get()) {
+                                        few_(card_, pool_.get(), stream_.get()), many_(card_, pool_.get(), stream_.get()), counters_(card_, pool_.get(), stream_.get()), stream_flags_(card_, pool_.get(), stream_.get()) {
     cudaDeviceProp p;
     cuda::check(cudaGetDeviceProperties(&p, card_), "cudaGetDeviceProperties");
     name_ = p.name, multiprocessors_ = p.multiProcessorCount, capability_ = 10 * p.major + p.minor;
@@ -241,6 +244,7 @@ class CudaDevice {
   bool by_flash(const CacheShape& shape, index_t group, const Sequence& s) {
     return by_tensor_cores(shape) && hopper() && shape.format != Format::q8_0 && s.tokens * group >= flash_rows;
   }
+  bool stream_product(cuda::StreamTask t, std::byte* memory);
   template <class Y>
   void product(View<Y, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w, const Y* residual = nullptr);
 
@@ -257,7 +261,7 @@ class CudaDevice {
   Batch last_;  // for observers
   PlanOnCard few_, many_;  // of the last batch, where attention was asked for: sequences of few and of many new rows
   bool planned_ = false;
-  cuda::PoolMemory counters_;
+  cuda::PoolMemory counters_, stream_flags_;  // zero between launches
 
  public:
   std::shared_ptr<CudaTraining<A>> training;  ///< what training keeps, made at its first operation

@@ -13,6 +13,7 @@
 #include "tinyllama/kernels/cuda/rope.cuh"
 #include "tinyllama/kernels/cuda/sample.cuh"
 #include "tinyllama/kernels/cuda/softmax.cuh"
+#include "tinyllama/kernels/cuda/stream_gemm.cuh"
 #include "tinyllama/kernels/cuda/swiglu.cuh"
 
 namespace tinyllama {
@@ -253,6 +254,18 @@ void CudaDevice<A>::softmax(View<float, dyn, dyn> out, View<const float, dyn, dy
   cuda::softmax(stream(), {out.data(), out.stride(0), x.data(), x.stride(0), static_cast<int>(x.extent(0)), static_cast<int>(x.extent(1)), scale});
 }
 
+/// A product of a step of decoding as stream_gemm does it; false where it is for another way. `memory`: of blas_workspace and weights_scratch.
+template <class A>
+bool CudaDevice<A>::stream_product(cuda::StreamTask t, std::byte* memory) {
+  if (t.m <= 1 || t.m > cuda::stream::most_rows(t.format) || (t.m <= few_rows && t.format != format_of<A>) || !hopper()) return false;
+  if (cuda::stream::partial_bytes(multiprocessors_) > blas_workspace + weights_scratch) return false;
+  if (const std::size_t bytes = cuda::stream::flags_bytes(multiprocessors_); stream_flags_.size() < bytes) {
+    stream_flags_.reserve(bytes);
+    zero(stream_flags_.data(), stream_flags_.size());
+  }
+  return cuda::stream_gemm(stream(), t, multiprocessors_, reinterpret_cast<float*>(memory), reinterpret_cast<unsigned*>(stream_flags_.data()));
+}
+
 template <class A>
 template <class Y>
 void CudaDevice<A>::product(View<Y, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w, const Y* residual) {
@@ -284,6 +297,7 @@ void CudaDevice<A>::product(View<Y, dyn, dyn> y, View<const A, dyn, dyn> x, cons
       if (e4m3_products && m.format == Format::f8_e4m3)
         done = cuda::matmul_e4m3<Y>(stream(), blas_, m.data, m.rows, columns, x.data(), x.stride(0), rows, to, y.stride(0), add,
                                     {memory + blas_workspace + weights_scratch, rows, columns}, std::exchange(e4m3_quantised, true), memory, blas_workspace);
+      else done = stream_product({m.format, m.data, nullptr, m.rows, columns, x.data(), x.stride(0), rows, to, y.stride(0), std::is_same_v<Y, float>, add}, memory);
     }
     if (done) {
       added = true;
@@ -318,6 +332,11 @@ template <class A>
 void CudaDevice<A>::matmul_swiglu(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_up, View<const A, dyn, dyn> x, const Linear& w, bool keep) {
   if constexpr (std::is_same_v<A, bf16>) {
     const Matrix &gate = w.part[0], &up = w.part[1];
+    if (w.parts == 2 && gate.format == up.format && gate.packed && up.packed && gate.rows == up.rows && !keep && x.extent(0) > 0) {
+      const cuda::Current here(card_);
+      if (stream_product({gate.format, gate.data, up.data, gate.rows, w.columns(), x.data(), x.stride(0), x.extent(0), out.data(), out.stride(0), false, nullptr},
+                         scratch(blas_workspace + weights_scratch))) return;
+    }
     if (hopper() && w.parts == 2 && gate.format == Format::bf16 && up.format == Format::bf16 && gate.packed && up.packed && gate.rows == up.rows) {
       const cuda::Current here(card_);
       const auto at = [](const Matrix& m) { return reinterpret_cast<const bf16*>(m.data); };

@@ -15,9 +15,11 @@ namespace detail {
 inline void check_launch(cudaError_t e, const char* kernel) {
   if (e != cudaSuccess) throw Error("attention", kernel, "a launch", cudaGetErrorString(e));
 }
-template <class Kernel, class Args>
+/// Dependent: the kernel waits for the one before itself.
+template <bool Dependent = false, class Kernel, class Args>
 void launch(Kernel* kernel, const Args& args, int blocks, int threads, std::size_t shared, cudaStream_t stream, const char* name) {
   check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+  if constexpr (Dependent) return launch_dependent(kernel, dim3(static_cast<unsigned>(blocks)), static_cast<unsigned>(threads), shared, stream, name, args);
   kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared, stream>>>(args);
   check_launch(cudaGetLastError(), name);
 }
@@ -50,7 +52,7 @@ void attention_paged(cudaStream_t stream, const AttentionArgs<bf16, O>& a) {
       if constexpr (F != Format::f32) {
         const auto go = [&]<int HeadDim>() {
           using Shape = PagedShape<HeadDim, Tiles, F>;
-          detail::launch(paged_kernel<HeadDim, Tiles, F, O>, a, a.blocks, paged_threads, Shape::shared_bytes, stream, "paged");
+          detail::launch<true>(paged_kernel<HeadDim, Tiles, F, O>, a, a.blocks, paged_threads, Shape::shared_bytes, stream, "paged");
         };
         if (a.head_dim == 64) return go.template operator()<64>();
         if (a.head_dim == 128) return go.template operator()<128>();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "tinyllama/config/rope_layout.hpp"
+#include "tinyllama/kernels/cuda/dependent.cuh"
 #include "tinyllama/kernels/cuda/element.cuh"
 #include "tinyllama/kernels/kernels.hpp"
 
@@ -148,6 +149,8 @@ __global__ __launch_bounds__(128) void store_kv_kernel(const StoreKvArgs<A> a) {
 /// The same for heads of 64 or 128 elements of 16 bits and a cache of 16 bits or of e4m3, with rope: a thread takes 8 pairs, as two pieces of 16 bytes in and, for 16 bits, out.
 template <int HeadDim, Format F, bool halves>
 __global__ __launch_bounds__(128) void store_kv_vectors_kernel(const StoreKvArgs<bf16> a) {
+  let_next_begin();
+  wait_for_previous();
   constexpr int threads = HeadDim / 16, half = HeadDim / 2;  // of a head
   const int units = a.heads + 2 * a.kv_heads;
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * 128 + threadIdx.x, unit = i / threads;
@@ -218,8 +221,7 @@ void store_kv(cudaStream_t stream, const StoreKvArgs<A>& a) {
       const auto blocks = static_cast<unsigned>((units * (a.head_dim / 16) + 127) / 128);
       const auto go = [&]<int HeadDim>() {
         const auto in = [&]<Format F>() {
-          if (a.layout == RopeLayout::half) store_kv_vectors_kernel<HeadDim, F, true><<<blocks, 128, 0, stream>>>(a);
-          else store_kv_vectors_kernel<HeadDim, F, false><<<blocks, 128, 0, stream>>>(a);
+          launch_dependent(a.layout == RopeLayout::half ? store_kv_vectors_kernel<HeadDim, F, true> : store_kv_vectors_kernel<HeadDim, F, false>, dim3(blocks), 128, 0, stream, "store_kv", a);
         };
         if (a.format == Format::bf16) in.template operator()<Format::bf16>();
         else if (a.format == Format::f16) in.template operator()<Format::f16>();

@@ -5,10 +5,9 @@
 // fetches gate's rows for both, the other up's. Blocks stay and take tiles in turn.
 #pragma once
 
-#include <cudaTypedefs.h>
-
 #include "tinyllama/device/cuda_runtime.cuh"
 #include "tinyllama/kernels/cuda/hopper.cuh"
+#include "tinyllama/kernels/cuda/tensor_map.cuh"
 #include "tinyllama/kernels/cuda/vectors.cuh"
 
 namespace tinyllama::cuda {
@@ -164,24 +163,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(threads, 1) kernel(c
 template <int N, bool Keep>
 __global__ void kernel(const __grid_constant__ Launch) { __trap(); }  // see hopper::compiled
 #endif
-
-/// A matrix [rows, columns] of bf16 as the copy engine sees it, in boxes of [box, 64]; what lies outside reads as zeros.
-inline CUtensorMap tensor_map(const bf16* p, int rows, int columns, index_t ld, int box) {
-  static const auto encode = [] {
-    void* f = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found), "cudaGetDriverEntryPointByVersion", "cuTensorMapEncodeTiled");
-    if (found != cudaDriverEntryPointSuccess) throw Error("CUDA", "cuTensorMapEncodeTiled", "a driver that has it", "none");
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(f);
-  }();
-  CUtensorMap map;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)}, stride = static_cast<cuuint64_t>(ld) * 2;
-  const cuuint32_t boxes[] = {depth, static_cast<cuuint32_t>(box)}, ones[] = {1, 1};
-  const CUresult r = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16*>(p), sizes, &stride, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (r != CUDA_SUCCESS) throw Error("CUDA", "cuTensorMapEncodeTiled", "success", "error " + std::to_string(static_cast<int>(r)));
-  return map;
-}
 
 /// Rounds of tiles that the card takes, in columns, the end of a tile at some 16 of them.
 template <int N>

@@ -60,6 +60,12 @@ __host__ __device__ constexpr int scale_plane(int nb) {
   return codes * nb;
 }
 
+/// Bytes of a block in the plane of upper bits and in that of scales; 0 where there is none.
+template <Format F>
+inline constexpr int high_block_bytes = F == Format::q8_0 ? 16 : F == Format::q6_K ? 8 : F == Format::q5_0 || F == Format::q5_1 || F == Format::q5_K ? 4 : 0;
+template <Format F>
+inline constexpr int scale_block_bytes = F == Format::q4_1 || F == Format::q5_1 ? 4 : F == Format::q4_K || F == Format::q5_K ? 0 : 2;
+
 /// What is added to a code before it is packed, modulo its bits, so that it becomes a signed number of that many bits.
 template <Format F>
 inline constexpr int code_flip = F == Format::q4_0 ? 8 : F == Format::q5_0 ? 16 : F == Format::q6_K ? 32 : F == Format::q8_0 ? 128 : 0;
@@ -260,41 +266,44 @@ struct Block32 {
   int q[8];
   float scale, scale_high, min;
 
-  __device__ __forceinline__ Block32(const std::byte* tile, int nb, int b) {
-    const std::byte* const scales = tile + scale_plane<F>(nb);
-    const uint4 low = reinterpret_cast<const uint4*>(tile)[b];
+  __device__ __forceinline__ Block32(const std::byte* tile, int nb, int b)
+      : Block32(tile + 16 * b, tile + high_plane(nb) + high_block_bytes<F> * b, tile + scale_plane<F>(nb) + scale_block_bytes<F> * b,
+                tile + scale_plane<F>(nb) + (F == Format::q6_K ? 2 * nb + (b >> 3) * 2 : (b >> 3) * 16), b & 7) {}
+  /// The same where the block's 16 bytes of codes, its upper bits, its scale and what its 256 columns share lie apart; group: which 32 of the 256.
+  __device__ __forceinline__ Block32(const std::byte* codes, const std::byte* upper, const std::byte* at_scale, const std::byte* shared, int group) {
+    const uint4 low = *reinterpret_cast<const uint4*>(codes);
     const std::uint32_t w[4] = {low.x, low.y, low.z, low.w};
     if constexpr (F == Format::q8_0) {
-      const uint4 high = reinterpret_cast<const uint4*>(tile + high_plane(nb))[b];
+      const uint4 high = *reinterpret_cast<const uint4*>(upper);
       const std::uint32_t h[4] = {high.x, high.y, high.z, high.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) q[i] = static_cast<int>(w[i]), q[i + 4] = static_cast<int>(h[i]);
-      scale = half_bits_to_float(reinterpret_cast<const unsigned short*>(scales)[b]);
+      scale = half_bits_to_float(*reinterpret_cast<const unsigned short*>(at_scale));
     } else if constexpr (F == Format::q4_0) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) q[i] = static_cast<int>((w[i] << 4) & 0xf0f0f0f0u), q[i + 4] = static_cast<int>(w[i] & 0xf0f0f0f0u);
-      scale = half_bits_to_float(reinterpret_cast<const unsigned short*>(scales)[b]) * 0x1p-4f;
+      scale = half_bits_to_float(*reinterpret_cast<const unsigned short*>(at_scale)) * 0x1p-4f;
     } else if constexpr (F == Format::q5_0) {
-      const std::uint32_t h = reinterpret_cast<const std::uint32_t*>(tile + high_plane(nb))[b];
+      const std::uint32_t h = *reinterpret_cast<const std::uint32_t*>(upper);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         q[i] = static_cast<int>(((w[i] << 3) & 0x78787878u) | ((h << (7 - i)) & 0x80808080u));
         q[i + 4] = static_cast<int>(((w[i] >> 1) & 0x78787878u) | ((h << (3 - i)) & 0x80808080u));
       }
-      scale = half_bits_to_float(reinterpret_cast<const unsigned short*>(scales)[b]) * 0x1p-3f;
+      scale = half_bits_to_float(*reinterpret_cast<const unsigned short*>(at_scale)) * 0x1p-3f;
     } else if constexpr (F == Format::q6_K) {
-      const uint2 high = reinterpret_cast<const uint2*>(tile + high_plane(nb))[b];
+      const uint2 high = *reinterpret_cast<const uint2*>(upper);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         q[i] = static_cast<int>(((w[i] << 2) & 0x3c3c3c3cu) | ((high.x << (6 - 2 * i)) & 0xc0c0c0c0u));
         q[i + 4] = static_cast<int>(((w[i] >> 2) & 0x3c3c3c3cu) | ((high.y << (6 - 2 * i)) & 0xc0c0c0c0u));
       }
-      const float d = half_bits_to_float(reinterpret_cast<const unsigned short*>(scales + 2 * nb)[b >> 3]) * 0x1p-2f;
-      const char2 s = reinterpret_cast<const char2*>(scales)[b];
+      const float d = half_bits_to_float(*reinterpret_cast<const unsigned short*>(shared)) * 0x1p-2f;
+      const char2 s = *reinterpret_cast<const char2*>(at_scale);
       scale = d * static_cast<float>(s.x), scale_high = d * static_cast<float>(s.y);
     } else {
       std::uint32_t h = 0;
-      if constexpr (F == Format::q5_1 || F == Format::q5_K) h = reinterpret_cast<const std::uint32_t*>(tile + high_plane(nb))[b];
+      if constexpr (F == Format::q5_1 || F == Format::q5_K) h = *reinterpret_cast<const std::uint32_t*>(upper);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         std::uint32_t a = w[i] & 0x0f0f0f0fu, c = (w[i] >> 4) & 0x0f0f0f0fu;
@@ -302,13 +311,12 @@ struct Block32 {
         q[i] = static_cast<int>(a), q[i + 4] = static_cast<int>(c);
       }
       if constexpr (F == Format::q4_1 || F == Format::q5_1) {
-        const float2 dm = half_pair_to_float(reinterpret_cast<const std::uint32_t*>(scales)[b]);
+        const float2 dm = half_pair_to_float(*reinterpret_cast<const std::uint32_t*>(at_scale));
         scale = dm.x, min = -dm.y;
       } else {
-        const std::byte* const header = scales + (b >> 3) * 16;
-        const float2 dm = half_pair_to_float(*reinterpret_cast<const std::uint32_t*>(header));
-        const std::uint32_t s = static_cast<std::uint32_t>(header[4 + (b & 7)]);
-        const std::uint32_t m = (static_cast<std::uint32_t>(header[12 + ((b & 7) >> 1)]) >> (4 * (b & 1))) & 15u;
+        const float2 dm = half_pair_to_float(*reinterpret_cast<const std::uint32_t*>(shared));
+        const std::uint32_t s = static_cast<std::uint32_t>(shared[4 + group]);
+        const std::uint32_t m = (static_cast<std::uint32_t>(shared[12 + (group >> 1)]) >> (4 * (group & 1))) & 15u;
         scale = dm.x * static_cast<float>(s & 63u), min = dm.y * static_cast<float>(s >> 6 | m << 2);
       }
     }

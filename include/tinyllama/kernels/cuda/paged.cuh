@@ -108,6 +108,8 @@ __global__ __launch_bounds__(paged_threads, (PagedShape<HeadDim, Tiles, F>::bloc
     int page;
     const std::byte* at;  // of `page`, read one step before it is needed
   };
+  let_next_begin();
+  wait_for_previous();
   AttentionItem item = load_item(a.items + blockIdx.x);
   if (item.rows == 0) return;
   Cursor load{item, item.page_begin, nullptr};

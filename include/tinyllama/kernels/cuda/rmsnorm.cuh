@@ -1,6 +1,7 @@
 // rmsnorm, alone and with the residual added on the way: out = gain x / sqrt(mean(x^2) + eps) for each row (arXiv 1910.07467).
 #pragma once
 
+#include "tinyllama/kernels/cuda/dependent.cuh"
 #include "tinyllama/kernels/cuda/vectors.cuh"
 #include "tinyllama/kernels/cuda/reduce.cuh"
 
@@ -24,6 +25,8 @@ struct RmsnormTask {
 template <class A, int N, int Keep>
 __global__ void rmsnorm_kernel(RmsnormTask<A> t) {
   __shared__ float shared[32];
+  let_next_begin();
+  wait_for_previous();
   const index_t row = blockIdx.x;
   float* x = t.x + row * t.ld_x;
   const float* residual = t.residual ? t.residual + row * t.ld_residual : nullptr;
@@ -68,9 +71,7 @@ void rmsnorm(cudaStream_t stream, const RmsnormTask<A>& t) {
   const bool four = in_vectors<4>(t.x, t.ld_x, t.n) && in_vectors<4>(t.out, t.ld_out, t.n) && in_vectors<4>(t.gain, 0, t.n) &&
                     (!t.residual || in_vectors<4>(t.residual, t.ld_residual, t.n));
   const auto rows = static_cast<unsigned>(t.rows);
-  if (four) rmsnorm_kernel<A, 4, 4><<<rows, 256, 0, stream>>>(t);
-  else rmsnorm_kernel<A, 1, 4><<<rows, 256, 0, stream>>>(t);
-  launched("rmsnorm");
+  launch_dependent(four ? rmsnorm_kernel<A, 4, 4> : rmsnorm_kernel<A, 1, 4>, dim3(rows), 256, 0, stream, "rmsnorm", t);
 }
 
 /// x [rows, n] += residual

@@ -1,6 +1,7 @@
 // swiglu: out = gate sigmoid(gate) up (arXiv 2002.05202).
 #pragma once
 
+#include "tinyllama/kernels/cuda/dependent.cuh"
 #include "tinyllama/kernels/cuda/vectors.cuh"
 
 namespace tinyllama::cuda {
@@ -16,6 +17,8 @@ struct SwigluTask {
 
 template <class A, int N>
 __global__ void swiglu_kernel(SwigluTask<A> t) {
+  let_next_begin();
+  wait_for_previous();
   const index_t row = blockIdx.x, i = blockIdx.y * blockDim.x + threadIdx.x;
   if (i >= t.n / N) return;
   const auto g = reinterpret_cast<const Vec<A, N>*>(t.gate + row * t.ld_gate)[i], u = reinterpret_cast<const Vec<A, N>*>(t.up + row * t.ld_up)[i];
@@ -32,12 +35,11 @@ template <class A>
 void swiglu(cudaStream_t stream, const SwigluTask<A>& t) {
   if (t.rows == 0 || t.n == 0) return;
   const auto go = [&]<int N>() {
-    swiglu_kernel<A, N><<<dim3(static_cast<unsigned>(t.rows), static_cast<unsigned>(ceil_div(t.n / N, 256))), 256, 0, stream>>>(t);
+    launch_dependent(swiglu_kernel<A, N>, dim3(static_cast<unsigned>(t.rows), static_cast<unsigned>(ceil_div(t.n / N, 256))), 256, 0, stream, "swiglu", t);
   };
   constexpr int N = per_16<A>;
   if (in_vectors<N>(t.out, t.ld_out, t.n) && in_vectors<N>(t.gate, t.ld_gate, t.n) && in_vectors<N>(t.up, t.ld_up, t.n)) go.template operator()<N>();
   else go.template operator()<1>();
-  launched("swiglu");
 }
 
 }  // namespace tinyllama::cuda
