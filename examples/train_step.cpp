@@ -1,4 +1,4 @@
-// train_step: N optimizer steps on one batch of ids, for comparing with other software: losses, gradients, and the model behind them. Under mpirun the ranks share
+// train_step: N optimizer steps on a batch of ids, or on several in turn, for comparing with other software: losses, gradients, and the model behind them. Under mpirun the ranks share
 // the batch's rows, and rank 0 writes.
 #include <xtensor/xnpy.hpp>
 
@@ -44,11 +44,11 @@ std::vector<std::int32_t> narrowed(const xt::xarray<std::int64_t>& ids, const st
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("Runs N AdamW steps on one batch: losses, the first step's gradients, and the model after the last.");
+  CLI::App app("Runs N AdamW steps on one batch, or on batches in turn: losses, the first step's gradients, and the model after the last.");
   example::OptimizerOptions options;
   example::Ranks ranks;
   std::string model, inputs_path, targets_path, gradients, save;
-  int steps = 1;
+  int steps = 1, batch = 0;
   bool as_json = false;
   options.add_to(app);
   ranks.add_to(app);
@@ -56,6 +56,7 @@ int main(int argc, char** argv) {
   app.add_option("--inputs", inputs_path, "[B, T] ids, .npy of int32 or int64")->required();
   app.add_option("--targets", targets_path, "[B, T] next ids; -100 does not count")->required();
   app.add_option("--steps", steps, "optimizer steps")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--batch", batch, "rows that a step takes, the next step the rows behind them; 0: all, each step the same")->check(CLI::NonNegativeNumber);
   app.add_option("--micro-rows", options.trainer.micro_rows, "rows of a micro-batch; 0: all")->check(CLI::NonNegativeNumber);
   app.add_option("--gradients", gradients, "safetensors file for the first step's gradients, not clipped");
   app.add_option("--save", save, "folder for the model after the last step");
@@ -65,9 +66,12 @@ int main(int argc, char** argv) {
     const auto ids = read_ids(inputs_path), next = read_ids(targets_path);
     if (ids.shape() != next.shape()) throw tl::Error(targets_path, "shape", "that of " + inputs_path, "another");
     const auto inputs = narrowed(ids, inputs_path), targets = narrowed(next, targets_path);
-    const tl::Interval rows = ranks.share(ids.shape(0));
-    const auto mine = [&](const std::vector<std::int32_t>& all) {
-      return std::span(all).subspan(static_cast<std::size_t>(rows.begin) * ids.shape(1), static_cast<std::size_t>(rows.size()) * ids.shape(1));
+    const std::size_t each = batch ? static_cast<std::size_t>(batch) : ids.shape(0);
+    if (ids.shape(0) % each != 0) throw tl::Error(inputs_path, "rows", "a multiple of --batch " + std::to_string(batch), std::to_string(ids.shape(0)));
+    const tl::Interval rows = ranks.share(each);
+    const auto mine = [&](const std::vector<std::int32_t>& all, int step) {
+      const std::size_t first = static_cast<std::size_t>(step) * each % ids.shape(0) + static_cast<std::size_t>(rows.begin);
+      return std::span(all).subspan(first * ids.shape(1), static_cast<std::size_t>(rows.size()) * ids.shape(1));
     };
     const tl::Checkpoint file = tl::open_checkpoint(model);
     options.with_device(ranks, [&]<class D>(D& dev) {
@@ -80,7 +84,7 @@ int main(int argc, char** argv) {
       double seconds = 0;  // of the steps behind the first, which takes its memory
       for (int i = 0; i < steps; ++i) {
         const auto start = std::chrono::steady_clock::now();
-        losses.push_back(trainer.step(mine(inputs), mine(targets)));
+        losses.push_back(trainer.step(mine(inputs, i), mine(targets, i)));
         if (i > 0 || steps == 1) seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
         norms.push_back(trainer.report().gradient_norm);
         if (i == 0 && !gradients.empty())
@@ -91,7 +95,7 @@ int main(int argc, char** argv) {
         if (const std::vector<float> all = trainer.whole(trainer.weights()); ranks.first())
           tl::save_safetensors(tl::FlatModel(file.config, all, file.folder()), save, {.format = tl::Format::f32});
       if (!ranks.first()) return;
-      const double rate = static_cast<double>(inputs.size()) * std::max(1, steps - 1) / seconds;
+      const double rate = static_cast<double>(each * ids.shape(1)) * std::max(1, steps - 1) / seconds;
       if (as_json)
         std::cout << nlohmann::json{{"losses", losses}, {"gradient_norms", norms}, {"tokens_per_second", rate}, {"peak_bytes", example::status_bytes("VmHWM")},
                                     {"instruction_set", example::instruction_set(dev)}, {"precision", options.precision}, {"threads", example::threads_of(dev)},

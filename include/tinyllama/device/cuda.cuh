@@ -166,6 +166,8 @@ class CudaDevice {
   void matmul_add(View<float, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w, View<const float, dyn, dyn> residual);
   /// out = silu(x W_gate^T) (x W_up^T), w's two parts; gate_up [T, 2 ffn] has both factors if they are to be kept, else it is scratch.
   void matmul_swiglu(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_up, View<const A, dyn, dyn> x, const Linear& w, bool keep = false);
+  /// The same of plain matrices by one kernel; false, and nothing done, where there is none for them.
+  bool gated_product(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_up, View<const A, dyn, dyn> x, View<const A, dyn, dyn> gate, View<const A, dyn, dyn> up, bool keep);
 
   // ---- beside the concept
 

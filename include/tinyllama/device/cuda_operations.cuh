@@ -329,19 +329,29 @@ void CudaDevice<A>::matmul_add(View<float, dyn, dyn> y, View<const A, dyn, dyn> 
 }
 
 template <class A>
-void CudaDevice<A>::matmul_swiglu(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_up, View<const A, dyn, dyn> x, const Linear& w, bool keep) {
+bool CudaDevice<A>::gated_product(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_up, View<const A, dyn, dyn> x, View<const A, dyn, dyn> gate, View<const A, dyn, dyn> up, bool keep) {
   if constexpr (std::is_same_v<A, bf16>) {
-    const Matrix &gate = w.part[0], &up = w.part[1];
-    if (w.parts == 2 && gate.format == up.format && gate.packed && up.packed && gate.rows == up.rows && !keep && x.extent(0) > 0) {
+    if (!hopper() || gate.stride(0) != up.stride(0)) return false;
+    const cuda::Current here(card_);
+    const auto size = [](index_t n) { return static_cast<int>(n); };
+    return cuda::gated_matmul(stream(), {x.data(), gate.data(), up.data(), x.stride(0), gate.stride(0), out.data(), out.stride(0), size(x.extent(0)), size(gate.extent(0)), size(gate.extent(1)),
+                                         keep ? gate_up.data() : nullptr, keep ? gate_up.stride(0) : 0}, multiprocessors_);
+  }
+  return false;
+}
+
+template <class A>
+void CudaDevice<A>::matmul_swiglu(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_up, View<const A, dyn, dyn> x, const Linear& w, bool keep) {
+  const Matrix &gate = w.part[0], &up = w.part[1];
+  if constexpr (std::is_same_v<A, bf16>) {
+    if (w.parts == 2 && gate.format == up.format && gate.packed && up.packed && gate.rows == up.rows && x.extent(0) > 0) {
       const cuda::Current here(card_);
-      if (stream_product({gate.format, gate.data, up.data, gate.rows, w.columns(), x.data(), x.stride(0), x.extent(0), out.data(), out.stride(0), false, nullptr},
-                         scratch(blas_workspace + weights_scratch))) return;
-    }
-    if (hopper() && w.parts == 2 && gate.format == Format::bf16 && up.format == Format::bf16 && gate.packed && up.packed && gate.rows == up.rows) {
-      const cuda::Current here(card_);
-      const auto at = [](const Matrix& m) { return reinterpret_cast<const bf16*>(m.data); };
-      if (cuda::gated_matmul(stream(), {x.data(), at(gate), at(up), x.stride(0), cuda::packed_row_bytes(Format::bf16, w.columns()) / 2, out.data(), out.stride(0), static_cast<int>(x.extent(0)),
-                                        static_cast<int>(gate.rows), static_cast<int>(w.columns()), keep ? gate_up.data() : nullptr, keep ? gate_up.stride(0) : 0}, multiprocessors_)) return;
+      if (!keep && stream_product({gate.format, gate.data, up.data, gate.rows, w.columns(), x.data(), x.stride(0), x.extent(0), out.data(), out.stride(0), false, nullptr},
+                                  scratch(blas_workspace + weights_scratch))) return;
+      const auto plain = [](const Matrix& m) {
+        return View<const A, dyn, dyn>(reinterpret_cast<const A*>(m.data), {m.rows, m.columns}, {cuda::packed_row_bytes(m.format, m.columns) / static_cast<index_t>(sizeof(A)), 1});
+      };
+      if (gate.format == format_of<A> && gated_product(out, gate_up, x, plain(gate), plain(up), keep)) return;
     }
   }
   product(gate_up, x, w);

@@ -53,9 +53,6 @@ namespace detail {
 /// Whether a product of D with weights W leaves the whole residual stream; else the norm that reads it adds the rest.
 template <class D, class W>
 concept AddsToResidual = requires(D& dev, View<float, dyn, dyn> y, View<typename D::activation, dyn, dyn> x, const W& w) { dev.matmul_add(y, x, w, y); };
-/// Whether D may gate on the way out of the product.
-template <class D, class W>
-concept GatesProducts = requires(D& dev, View<typename D::activation, dyn, dyn> x, const W& w) { dev.matmul_swiglu(x, x, x, w, true); };
 
 /// Queries and keys of qkv, which lie side by side, turned by the angles (backward: by their opposites).
 template <Config C, Device D, class V>
@@ -70,6 +67,16 @@ template <Config C, class A>
 struct ApartActivations : BlockActivations<C, A> {
   View<A, dyn, dyn> added;
 };
+
+/// gated = silu(gate) up on the way out of the product that gives both, gate_up = x W^T; false, and nothing done, where D has no such kernel for W.
+template <Device D, class Gated, class GateUp, class X, class W>
+bool gates_product(D& dev, Gated gated, GateUp gate_up, X x, const W& w) {
+  if constexpr (requires { dev.gated_product(gated, gate_up, x, w.view(), w.view(), true); }) {
+    const index_t ffn = gated.extent(1), half = ffn * w.columns;
+    return w.plain() && dev.gated_product(gated, gate_up, x, {w.value, {ffn, w.columns}}, {w.value + half, {ffn, w.columns}}, true);
+  }
+  return false;
+}
 
 /// What half a block adds to `x`: apart, or where its sum will be, with x in it where the product adds.
 template <Device D, class Sum, class In, class W, class X, class Activations>
@@ -100,9 +107,9 @@ void block_forward(D& dev, const C& c, const Layer<W>& w, const Activations& a, 
   half_forward(dev, a.mid, a.attended, w.o, a.x, a);
 
   half_sum<W>(dev, a.ffn_normed, a.mid, a.x, a, w.ffn_norm, c.norm_eps);
-  if constexpr (detail::GatesProducts<D, W>) {
+  if constexpr (requires { dev.matmul_swiglu(a.gated, a.gate_up, a.ffn_normed, w.gate_up, false); }) {
     dev.matmul_swiglu(a.gated, a.gate_up, a.ffn_normed, w.gate_up, a.keeps_gate_up);
-  } else {
+  } else if (!gates_product(dev, a.gated, a.gate_up, a.ffn_normed, w.gate_up)) {
     matmul(dev, a.gate_up, a.ffn_normed, w.gate_up);
     swiglu(dev, a.gated, a.gate(), a.up());
   }

@@ -40,6 +40,8 @@ struct LearnedMatrix {
   AdapterWork<A> work = {};
 
   View<const A, dyn, dyn> view() const { return {value, {rows, columns}}; }
+  /// Whether products with W are products with the array `value`.
+  bool plain() const { return adapter_count == 0 && !how.fp8; }
   GemmOptions product(bool accumulate) const { return {how.bf16, accumulate}; }
 };
 
