@@ -48,6 +48,7 @@ int main(int argc, char** argv) {
   example::OptimizerOptions options;
   example::Ranks ranks;
   std::string model, inputs_path, targets_path, gradients, save;
+  std::vector<double> schedule;
   int steps = 1, batch = 0;
   bool as_json = false;
   options.add_to(app);
@@ -57,6 +58,7 @@ int main(int argc, char** argv) {
   app.add_option("--targets", targets_path, "[B, T] next ids; -100 does not count")->required();
   app.add_option("--steps", steps, "optimizer steps")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--batch", batch, "rows that a step takes, the next step the rows behind them; 0: all, each step the same")->check(CLI::NonNegativeNumber);
+  app.add_option("--schedule", schedule, "WARMUP,STEPS,MINIMUM: a line to --lr, then a cosine; default: --lr throughout")->delimiter(',')->expected(3);
   app.add_option("--micro-rows", options.trainer.micro_rows, "rows of a micro-batch; 0: all")->check(CLI::NonNegativeNumber);
   app.add_option("--gradients", gradients, "safetensors file for the first step's gradients, not clipped");
   app.add_option("--save", save, "folder for the model after the last step");
@@ -77,6 +79,8 @@ int main(int argc, char** argv) {
     options.with_device(ranks, [&]<class D>(D& dev) {
       tl::TrainerOptions how = options.parsed();
       how.tokens = static_cast<tl::index_t>(ids.shape(1));
+      if (!schedule.empty())
+        how.schedule = tl::StagedSchedule{{.peak = how.peak_lr, .minimum = schedule[2], .warmup = static_cast<std::int64_t>(schedule[0]), .steps = static_cast<std::int64_t>(schedule[1])}};
       const auto peers = ranks.peers(dev);
       tl::Trainer<tl::any_llama, D> trainer(dev, file, how, file.config, peers.get());
 

@@ -21,6 +21,7 @@ def main():
     p.add_argument("--batches", required=True, help="[steps, B, T + 1] ids, .npy")
     p.add_argument("--program", default="build/release/bin/train_step")
     p.add_argument("--lr", type=float, default=4e-4)
+    p.add_argument("--warmup", type=int, default=50)
     o = p.parse_args()
     ids = np.load(o.batches).astype(np.int32)
     steps, rows, tokens = ids.shape
@@ -33,7 +34,7 @@ def main():
         ours = [o.program, "--inputs", folder / "inputs.npy", "--targets", folder / "targets.npy", "--batch", str(rows), "--steps", str(steps)]
         theirs = [sys.executable, PEER, "--batches", folder / "batches.npy"]
         for name, command, precision in (("PyTorch f32", theirs, "f32"), ("PyTorch bf16", theirs, "bf16"), ("ours bf16", ours, "bf16"), ("ours fp8", ours, "fp8")):
-            command = [*map(str, command), "--model", o.model, "--device", "cuda", "--precision", precision, "--lr", str(o.lr), "--json"]
+            command = [*map(str, command), "--model", o.model, "--device", "cuda", "--precision", precision, "--lr", str(o.lr), "--schedule", f"{o.warmup},{steps},{o.lr / 10}", "--json"]
             curves[name] = np.array(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["losses"])
             print(f"{name:13s}" + "".join(f"  {i + 1}: {curves[name][i]:.4f}" for i in (0, 9, 49, 99, 199, steps - 1) if i < steps), flush=True)
     for a, b in (("ours bf16", "PyTorch f32"), ("ours bf16", "PyTorch bf16"), ("PyTorch bf16", "PyTorch f32"), ("ours fp8", "ours bf16"), ("ours fp8", "PyTorch f32")):
