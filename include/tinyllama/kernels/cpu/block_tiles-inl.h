@@ -69,6 +69,11 @@ HWY_INLINE VI UpperLower(VI upper, VI lower) {
 }
 HWY_INLINE VI Pair(V upper, V lower) { return UpperLower(hn::ShiftLeft<16>(hn::NearestInt(upper)), hn::NearestInt(lower)); }
 
+/// f16 of two blocks, `from` bytes into them, as integers of a unit; no second: 0.
+HWY_INLINE VI F16Pair(const std::byte* first, const std::byte* second, int from, index_t s, V inverse) {
+  return Pair(hn::Mul(F16Row(first + from, s), inverse), second ? hn::Mul(F16Row(second + from, s), inverse) : hn::Zero(D()));
+}
+
 /// Columns [0, columns) of one panel to its place p among a tile's.
 template <Format F>
 void Spread(const std::byte* block, index_t columns, int p, Int8Chunk& to) {
@@ -104,11 +109,9 @@ void Spread(const std::byte* block, index_t columns, int p, Int8Chunk& to) {
       }
       unit = Unit(largest, inverse), min_unit = Unit(largest_min, min_inverse);
       for (index_t g = 0; g < groups; g += 2) {
-        const auto pair = [&](int from, V by) HWY_ATTR {
-          return Pair(hn::Mul(F16Row(at(g) + from, s), by), g + 1 < groups ? hn::Mul(F16Row(at(g + 1) + from, s), by) : hn::Zero(d));
-        };
-        store(pair(0, inverse), to.scale[g / 2]);
-        if constexpr (P.mins != 0) store(pair(32, min_inverse), to.min[g / 2]);
+        const std::byte* const second = g + 1 < groups ? at(g + 1) : nullptr;
+        store(F16Pair(at(g), second, 0, s, inverse), to.scale[g / 2]);
+        if constexpr (P.mins != 0) store(F16Pair(at(g), second, 32, s, min_inverse), to.min[g / 2]);
       }
     }
     hn::Store(hn::Mul(unit, hn::Set(d, static_cast<float>(1 << cut<F>))), d, to.unit[p] + s * lanes);
