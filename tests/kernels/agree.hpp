@@ -37,6 +37,9 @@ class Random {
   std::normal_distribution<float> normal_;
 };
 
+/// 16 bits of pairs (Int8Columns).
+inline int half_of(const std::int32_t* pairs, index_t i) { return static_cast<std::int16_t>(static_cast<std::uint32_t>(pairs[i / 2]) >> (i % 2 ? 0 : 16)); }
+
 /// f(kernels) for each instruction set that this machine has.
 template <class F>
 void for_each_table(F&& f) {

@@ -197,7 +197,7 @@ TEST_CASE("quantise_activations") {
   });
 }
 
-TEST_CASE("quantise_columns: within half a step, which is the loudest column's or up to 512 times finer") {
+TEST_CASE("quantise_columns: within half a step of the 32 columns' own, which are ratios to the loudest") {
   for_each_table([](const Kernels& kernels) {
     for (const index_t n : {32, 64, 256, 288, 2048}) {
       CAPTURE(n);
@@ -205,44 +205,44 @@ TEST_CASE("quantise_columns: within half a step, which is the loudest column's o
       auto x = random.vector(n);
       for (index_t i = 0; i < n; ++i) {
         float& v = x[static_cast<std::size_t>(i)];
-        if (i / 16 % 16 == 1) v *= 1e-3f;
-        if (i / 16 % 16 == 6) v = i % 2 ? 3.0f : -3.0f;  // a power of two below the next, to the last bit
-        if (i / 16 % 16 == 7) v = i % 2 ? 6.0f : -6.0f;
-        if (i / 16 % 16 == 10) v = 0.0f;
-        if (i / 16 % 16 == 13) v *= 1e-9f;
+        if (i / 32 % 8 == 1) v *= 1e-3f;
+        if (i / 32 % 8 == 5) v = 0.0f;
+        if (i / 32 % 8 == 6) v *= 1e-9f;
         if (i / 256 == 3) v = 0.0f;
         if (i / 256 == 4) v *= 1e-38f;  // 127 / max would overflow
         if (i / 256 == 5) v = 2.0f;     // sums as large as they can be
+        if (i / 256 == 6) v = -2.0f;
       }
       constexpr index_t stride = 3;
-      const Int8Columns untouched{{77}, {{7}}, {{77}}, {77}, {77}, canary};
+      const Int8Columns untouched{{77}, {77}, {77}, {77}, {{77}}, canary};
       std::vector<Int8Columns> expected(static_cast<std::size_t>((n + 255) / 256 * stride), untouched), got = expected;
       reference::quantise_columns(expected.data(), stride, x.data(), n);
       kernels.quantise_columns(got.data(), stride, x.data(), n);
       for (std::size_t c = 0; c < got.size(); ++c) {
         const Int8Columns &a = got[c], &b = expected[c];
         REQUIRE(std::memcmp(a.codes, b.codes, sizeof a.codes) == 0);
-        REQUIRE(std::memcmp(a.shift, b.shift, sizeof a.shift) == 0);
-        REQUIRE(std::memcmp(a.sum16, b.sum16, sizeof a.sum16) == 0);
+        REQUIRE(std::memcmp(a.ratios, b.ratios, sizeof a.ratios) == 0);
+        REQUIRE(std::memcmp(a.sums, b.sums, sizeof a.sums) == 0);
         REQUIRE(std::memcmp(a.sum32, b.sum32, sizeof a.sum32) == 0);
-        REQUIRE(std::memcmp(a.sum, b.sum, sizeof a.sum) == 0);
+        REQUIRE(std::memcmp(a.sum16, b.sum16, sizeof a.sum16) == 0);
         REQUIRE(a.scale == b.scale);
       }
-      for (index_t i = 0; i < n; ++i) {
-        const Int8Columns& c = got[static_cast<std::size_t>(i / 256 * stride)];
-        const index_t g = i % 256 / 32, h = i % 32 / 16, from = i / 16 * 16, chunk = i / 256 * 256;
-        float own = 0, all = 0;
-        int sum = 0;
-        for (index_t j = chunk; j < std::min(n, chunk + 256); ++j) all = std::max(all, std::fabs(x[static_cast<std::size_t>(j)]));
-        for (index_t j = from; j < from + 16; ++j) own = std::max(own, std::fabs(x[static_cast<std::size_t>(j)])), sum += c.codes[j % 256];
-        const double step = std::ldexp(c.scale, -c.shift[h][g]);
-        REQUIRE(c.shift[h][g] >= 0);
-        REQUIRE(c.shift[h][g] <= int8_shifts);
-        REQUIRE(c.sum16[h][g] == sum);
-        REQUIRE(std::ldexp(c.sum32[g], -int8_shifts) == std::ldexp(c.sum16[0][g], -c.shift[0][g]) + std::ldexp(c.sum16[1][g], -c.shift[1][g]));
-        REQUIRE(std::fabs(c.sum[g] / 8.0 - std::ldexp(c.sum32[g], -int8_shifts)) <= 1.0 / 16);
-        REQUIRE(std::fabs(step * c.codes[i % 256] - x[static_cast<std::size_t>(i)]) <= std::max(0.5001 * step, 4e-37));
-        REQUIRE(step <= 1.0001 * std::max(2.0f * own, all / 512) / 127 + 1e-40);  // the price of powers of two: a factor of 2 at most
+      for (index_t g = 0; g < n / 32; ++g) {
+        const Int8Columns& c = got[static_cast<std::size_t>(g / 8 * stride)];
+        float own = 0;
+        int sum[2] = {};
+        for (index_t j = 32 * g; j < 32 * g + 32; ++j) own = std::max(own, std::fabs(x[static_cast<std::size_t>(j)])), sum[j % 32 / 16] += c.codes[j % 256];
+        REQUIRE(c.sum16[0][g % 8] == sum[0]);
+        REQUIRE(c.sum16[1][g % 8] == sum[1]);
+        REQUIRE(c.sum32[g % 8] == sum[0] + sum[1]);
+        const int ratio = half_of(c.ratios, g % 8);
+        const double scale = static_cast<double>(c.scale) * ratio / 32768;
+        REQUIRE(std::fabs(half_of(c.sums, g % 8) / 8.0 - ratio * c.sum32[g % 8] / 32768.0) <= 1.0 / 16);
+        REQUIRE(std::fabs(scale - own / 127.0) <= 0.51 * c.scale / 32768 + 1e-36);
+        for (index_t j = 32 * g; j < 32 * g + 32; ++j) {
+          const double v = x[static_cast<std::size_t>(j)];
+          REQUIRE(std::fabs(own / 127.0 * c.codes[j % 256] - v) <= std::max(0.5001 * own / 127.0, 4e-37));
+        }
       }
       for (const float bad : {not_a_number, std::numeric_limits<float>::infinity()}) {
         x[7] = bad;

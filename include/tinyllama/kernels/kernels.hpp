@@ -6,19 +6,18 @@
 
 namespace tinyllama {
 
-/// Columns of a row of X that share a scale where many rows are multiplied in integers.
+/// Columns of a row of X that lie together where many rows are multiplied in integers.
 inline constexpr index_t int8_columns = 256;
-/// They: x = scale 2^-shift code, with a shift for each 16 columns, up to int8_shifts. Columns past the end of the row are 0.
-/// What belongs to 16 columns is kept as [2][8]: of the first half of each 32 columns, then of the second.
+/// They: x = scale ratio / 2^15 code, with a ratio for each 32 columns, the largest 2^15 - 1. Columns past the end of the row are 0.
+/// Pairs belong to 64 columns and hold 16 bits of each 32, the first on top.
 struct alignas(64) Int8Columns {
   std::int8_t codes[int8_columns];
-  std::int8_t shift[2][int8_columns / 32];
-  std::int16_t sum16[2][int8_columns / 32];  // of 16 codes
-  std::int32_t sum32[int8_columns / 32];     // of 32, in the unit 2^-int8_shifts
-  std::int16_t sum[int8_columns / 32];       // the same in eighths, rounded
+  std::int32_t ratios[int8_columns / 64];    // pairs
+  std::int32_t sums[int8_columns / 64];      // pairs: sums of 32 codes times their ratio / 2^15, in eighths, rounded
+  std::int32_t sum32[int8_columns / 32];     // of 32 codes
+  std::int16_t sum16[2][int8_columns / 32];  // of 16: the first half of each 32, then the second
   float scale;
 };
-inline constexpr int int8_shifts = 9;
 
 /// Y [m, n] = X [m, k] W^T for the rows of W in some panels; X is given in the form that the kernel takes.
 struct MatmulTask {
@@ -108,6 +107,8 @@ struct Kernels {
 
 /// What activations are multiplied with to become int8: 127 / max, or 0 where that would overflow (max is 0 or next to nothing) or max is a NaN.
 constexpr float quantise_inverse(float max) { return max > 4e-37f ? 127.0f / max : 0.0f; }
+/// What scales are multiplied with to become ratios to the largest.
+constexpr float ratio_inverse(float max) { return max > 1e-34f ? 32767.0f / max : 0.0f; }
 
 /// Columns of X that a matmul kernel reads: k, made even.
 constexpr index_t even(index_t k) { return k + k % 2; }

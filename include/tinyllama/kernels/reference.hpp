@@ -153,31 +153,28 @@ inline void quantise_activations(std::int8_t* q, float* scale, float* sum32, flo
   }
 }
 
-// 256 columns: the loudest 16 have the scale max|x| / 127, the others that scale halved as often (up to int8_shifts times) as their own maximum allows:
-// as an integer it is 2^23 smaller for each doubling that leaves it at most the loudest
+// 256 columns: codes of 32 as above; their scales as ratios to the largest, which is kept as 2^15 times that of ratio 1
 inline void quantise_columns(Int8Columns* to, index_t stride, const float* x, index_t n) {
   for (index_t c = 0; c < n; c += int8_columns, to += stride) {
     const index_t columns = std::min(int8_columns, n - c);
-    const float max = detail::largest_magnitude(x + c, columns);
+    const float all = detail::largest_magnitude(x + c, columns);
     *to = {};
-    to->scale = max / 127.0f;
+    to->scale = all / 127.0f * (32768.0f / 32767.0f);
     for (index_t g = 0; g < columns / 32; ++g) {
-      int shift[2], sum[2] = {};
-      for (index_t h = 0; h < 2; ++h) {
-        const index_t first = 32 * g + 16 * h;
-        const float own = detail::largest_magnitude(x + c + first, 16);
-        shift[h] = std::min((std::bit_cast<std::int32_t>(max) - std::bit_cast<std::int32_t>(own)) >> 23, int8_shifts);
-        for (index_t i = first; i < first + 16; ++i) {
-          const float code = x[c + i] * (quantise_inverse(max) * static_cast<float>(1 << shift[h]));
-          const int nearest = code == code ? static_cast<int>(std::nearbyint(code)) : 0;
-          to->codes[i] = static_cast<std::int8_t>(nearest);
-          sum[h] += nearest;
-        }
-        to->shift[h][g] = static_cast<std::int8_t>(shift[h]);
-        to->sum16[h][g] = static_cast<std::int16_t>(sum[h]);
+      const float own = detail::largest_magnitude(x + c + 32 * g, 32), part = own * ratio_inverse(all);
+      const auto ratio = part == part ? static_cast<std::int32_t>(std::nearbyint(part)) : 0;
+      int sum[2] = {};
+      for (index_t i = 0; i < 32; ++i) {
+        const float code = x[c + 32 * g + i] * quantise_inverse(own);
+        const int nearest = code == code ? static_cast<int>(std::nearbyint(code)) : 0;
+        to->codes[32 * g + i] = static_cast<std::int8_t>(nearest);
+        sum[i / 16] += nearest;
       }
-      to->sum32[g] = sum[0] * (1 << (int8_shifts - shift[0])) + sum[1] * (1 << (int8_shifts - shift[1]));
-      to->sum[g] = static_cast<std::int16_t>(std::floor(std::ldexp(to->sum32[g], 3 - int8_shifts) + 0.5));
+      to->sum32[g] = sum[0] + sum[1];
+      for (index_t h = 0; h < 2; ++h) to->sum16[h][g] = static_cast<std::int16_t>(sum[h]);
+      const auto eighths = static_cast<std::int32_t>(std::floor(8.0 * to->sum32[g] * ratio / 32768 + 0.5));
+      to->ratios[g / 2] |= g % 2 ? ratio : ratio * 65536;
+      to->sums[g / 2] |= g % 2 ? eighths & 0xffff : eighths * 65536;
     }
   }
 }

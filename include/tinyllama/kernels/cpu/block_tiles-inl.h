@@ -1,11 +1,11 @@
 // Products of many rows of activations with packed panels of block formats, in integers: tiles that all formats share.
 //
-// On Zen 5 every multiplication of a vector, of floats or integers, takes a slot of the dot products; shifts by vectors, logic, conversions and
-// additions take none. So the dot products of two groups of W (32 columns that share a scale; 16 in q6_K), 8 instructions each, are cut to 16 bits and
-// multiplied with both scales by one instruction, which adds them up over a chunk of 256 columns in 32 bits: 16 of 17 slots are dot products. The codes
-// of W stay as they are; its scales become integers of 13 bits beside their largest in the chunk (those of q4_K, q5_K and q6_K are integers). What is cut
-// off, half of 2^-15 of the largest that a dot product can be, is far below what rounding the activations to 8 bits costs it. The scales of the
-// activations within a chunk differ by powers of two (Int8Columns), by which the cutting shifts go further.
+// On Zen 5 a multiplication of vectors, of floats or of integers, takes a slot of the dot products; shifts by vectors, logic, conversions and additions take
+// none, stores half a one. Scaling each 32 columns in floats, by W's scale and by X's, is 2 slots beside 8 dot products. Here two groups that share a scale of W
+// (32 columns; 16 in q6_K) share these: their dot products are cut to 16 bits, one instruction scales both by the ratios of X's scales to the largest
+// of a chunk of 256 columns, and another multiplies both with the scales of W and adds them up over the chunk in 32 bits. The codes of W stay as
+// they are; its scales are integers in q4_K, q5_K and q6_K, and become such of 13 bits beside the largest in the chunk elsewhere. What is cut off, half of
+// 2^-15 of what a dot product can be at most, is far below what rounding the activations costs it.
 
 #include "tinyllama/kernels/cpu/isa-inl.h"
 
@@ -18,8 +18,9 @@ namespace {
 
 inline constexpr index_t chunk = int8_columns;  // 16 KB of codes for a tile's panels, which stay in L1
 
-// Rows of X and panels of W that a tile holds. 3 x 4 panels reached 93% of the int8 peak (Zen 5), 4 x 3 91%, 6 x 2 91%.
+// Rows of X and panels of W that a tile holds: 12 chains of dot products and as many sums. Zen 5: dot products need 384 of a tile's 476 cycles (q4_0).
 inline constexpr int int8_rows = lanes == 16 ? 3 : 4, int8_panels = lanes == 16 ? 4 : 1;
+inline constexpr index_t int8_ahead = 16 * int8_rows;  // rows that are prepared at once
 
 /// 256 columns of a tile's panels: w = unit scale (code - offset) + min_unit min, scales and minima in pairs of 16 bits, the first of two groups on top.
 struct Int8Chunk {
@@ -29,13 +30,13 @@ struct Int8Chunk {
   alignas(64) float unit[int8_panels][panel_rows], min_unit[int8_panels][panel_rows];
 };
 
-/// Groups of different scales in 32 columns, and the bits by which a group's dot product is longer than 16.
-template <Format F>
-inline constexpr int halves = panel_block<F>.groups == 16 ? 2 : 1;
+enum class Int8Kind { offset, mins, halves };  // of a format: codes with an offset, with minima, with an offset and two scales for 32 columns (q6_K)
+
+/// The bits by which the dot product of a group of one scale is longer than 16.
 template <Format F>
 inline constexpr int cut = [] {
   constexpr PanelBlock P = panel_block<F>;
-  constexpr int largest = (P.offset ? P.offset : (1 << P.bits) - 1) * 127 * 32 / halves<F>;
+  constexpr int largest = (P.offset ? P.offset : (1 << P.bits) - 1) * 127 * (P.groups == 16 ? 16 : 32);
   constexpr int bits = largest < 1 << 15 ? 0 : largest < 1 << 16 ? 1 : largest < 1 << 17 ? 2 : 4;
   static_assert(largest >> bits <= 32512);
   return bits;
@@ -44,8 +45,8 @@ inline constexpr int cut = [] {
 /// What a format's panels look like to the code that all formats share.
 struct BlockFormat {
   void (*spread)(const std::byte*, index_t, int, Int8Chunk&) = nullptr;
-  int columns = 1, bytes = 0, halves = 1, offset = 0, cut = 0;
-  bool mins = false;
+  int columns = 1, bytes = 0, offset = 0, cut = 0;
+  Int8Kind kind = Int8Kind::offset;
 };
 
 /// The power of two that makes values of up to `largest` integers of up to 13 bits, and what divides by it (0 for 0). So 8 of them times 16 bits fit into 32,
@@ -115,14 +116,17 @@ void Spread(const std::byte* block, index_t columns, int p, Int8Chunk& to) {
       }
     }
     hn::Store(hn::Mul(unit, hn::Set(d, static_cast<float>(1 << cut<F>))), d, to.unit[p] + s * lanes);
-    hn::Store(hn::Mul(min_unit, hn::Set(d, 1.0f / 8)), d, to.min_unit[p] + s * lanes);  // Int8Columns::sum is in eighths
+    hn::Store(hn::Mul(min_unit, hn::Set(d, 1.0f / 8)), d, to.min_unit[p] + s * lanes);  // Int8Columns::sums are in eighths
   }
 }
 
 template <Format F>
 constexpr BlockFormat block_format() {
   if constexpr (!is_quantised(F)) return {};
-  else return {&Spread<F>, panel_block<F>.columns, panel_block<F>.bytes(), halves<F>, panel_block<F>.offset, cut<F>, panel_block<F>.mins != 0};
+  else {
+    constexpr PanelBlock P = panel_block<F>;
+    return {&Spread<F>, P.columns, P.bytes(), P.offset, cut<F>, P.groups == 16 ? Int8Kind::halves : P.mins != 0 ? Int8Kind::mins : Int8Kind::offset};
+  }
 }
 
 /// Shifts by the same count in all lanes. From a vector of counts they leave the multiply units alone; other instruction sets have none.
@@ -141,54 +145,48 @@ HWY_INLINE VI ShiftedRight(VI v, std::int32_t by) {
 #endif
 }
 
-/// For the rows of a tile, how each sum of a pair (0: the one that becomes the upper 16 bits) is computed. `start`: what takes the offset from the codes,
-/// and what rounds where bits are shifted out. Between the 16 columns of one scale of X and the next, shifts `up` and `down` to the unit of these; `by`: to
-/// the pair's half. Ties go up in one half and down in the other: with a cut of one bit they are half of all sums, and where scales of W
-/// have one sign (q4_1, q4_K) they would add up to a third of what rounding the activations costs.
-template <int MR>
-struct Int8Steps {
-  static constexpr int groups = chunk / 32;
-  alignas(32) std::int32_t start[MR][2][groups], by[MR][2][groups], up[MR][groups], down[MR][groups];
-};
+/// In each half of a lane, 16 bits: a b / 2^15, rounded.
+HWY_INLINE VI ScaledHalves(VI a, VI b) {
+  const DI di;
+#if HWY_TARGET != HWY_SCALAR
+  const hn::Repartition<std::int16_t, D> d16;
+  return hn::BitCast(di, hn::MulFixedPoint15(hn::BitCast(d16, a), hn::BitCast(d16, b)));
+#else
+  const auto half = [&](int shift) {
+    const auto of = [&](VI v) { return static_cast<std::int16_t>(static_cast<std::uint32_t>(hn::GetLane(v)) >> shift); };
+    return static_cast<std::uint32_t>(static_cast<std::uint16_t>((of(a) * of(b) + 0x4000) >> 15)) << shift;
+  };
+  return hn::Set(di, static_cast<std::int32_t>(half(0) | half(16)));
+#endif
+}
 
-/// Groups of 32 columns: a pair is two of them, [0] and [1] their own; of 16: a pair is the two halves of 32.
-template <int MR, int Halves>
-HWY_INLINE void Plan(const Int8Columns* x, const BlockFormat& f, Int8Steps<MR>& to) {
-  constexpr index_t groups = chunk / 32;
+/// Where the dot products of a row start, [2][8] for its halves of 32 columns, or [0] for groups of 32: at what takes the offset from the codes, and at half
+/// of the unit that they are cut to, which rounds. Ties go up in one half of a pair and down in the other: with a cut of one bit they are half of all
+/// sums, and where scales of W have one sign (q4_1, q4_K) they would add up to a third of what rounding the activations costs.
+using Int8Start = std::int32_t[2][chunk / 32];
+
+/// For some rows at once, ahead of their tiles: in each tile by itself it would stand in its way (4% of a tile of q4_0).
+void Starts(const Int8Columns* x, const BlockFormat& f, index_t rows, Int8Start* to) {
   const hn::CappedTag<std::int32_t, 8> d;
-  const hn::Rebind<std::int8_t, decltype(d)> d8;
   const hn::Rebind<std::int16_t, decltype(d)> d16;
-  const auto one = hn::Set(d, 1), cut = hn::Set(d, f.cut), offset = hn::Set(d, f.offset), all = hn::Set(d, 16);
-  for (int i = 0; i < MR; ++i)
-    for (index_t g = 0; g < groups; g += static_cast<index_t>(hn::MaxLanes(d))) {
-      const auto first = hn::Add(hn::PromoteTo(d, hn::LoadU(d8, x[i].shift[0] + g)), cut), last = hn::Add(hn::PromoteTo(d, hn::LoadU(d8, x[i].shift[1] + g)), cut);
-      const auto half = [&](auto shift) HWY_ATTR { return hn::ShiftRight<1>(hn::Shl(one, shift)); };
-      const auto half_down = [&](auto shift) HWY_ATTR { return hn::ShiftRight<1>(hn::Sub(hn::Shl(one, shift), one)); };
-      if constexpr (Halves == 2) {
-        const auto sum = [&](int h) HWY_ATTR { return hn::Mul(hn::PromoteTo(d, hn::LoadU(d16, x[i].sum16[h] + g)), offset); };
-        hn::Store(hn::Sub(half(first), sum(0)), d, to.start[i][0] + g);
-        hn::Store(hn::Sub(half_down(last), sum(1)), d, to.start[i][1] + g);
-        hn::Store(hn::Sub(all, first), d, to.by[i][0] + g);
-        hn::Store(last, d, to.by[i][1] + g);
+  alignas(32) static constexpr std::int32_t odd[] = {0, 1, 0, 1, 0, 1, 0, 1};
+  const auto unit = hn::Set(d, 1 << f.cut), offset = hn::Set(d, f.offset);
+  for (index_t i = 0; i < rows; ++i)
+    for (index_t g = 0; g < chunk / 32; g += static_cast<index_t>(hn::MaxLanes(d))) {
+      const auto start = [&](auto sum, auto down) HWY_ATTR { return hn::Sub(hn::ShiftRight<1>(hn::Sub(unit, down)), hn::Mul(sum, offset)); };
+      if (f.kind == Int8Kind::halves) {
+        for (int h = 0; h < 2; ++h) hn::Store(start(hn::PromoteTo(d, hn::LoadU(d16, x[i].sum16[h] + g)), hn::Set(d, h)), d, to[i][h] + g);
       } else {
-        const auto change = hn::Sub(last, first), up = hn::Max(change, hn::Zero(d)), down = hn::Sub(up, change);
-        const auto fine = hn::Sub(hn::Add(cut, hn::Set(d, int8_shifts)), first);
-        const auto start = hn::Sub(half(down), hn::Shr(hn::Mul(hn::LoadU(d, x[i].sum32 + g), offset), fine));
-        hn::Store(up, d, to.up[i] + g);
-        hn::Store(down, d, to.down[i] + g);
-        hn::Store(hn::Add(start, half(first)), d, to.start[i][0] + g);
-        hn::Store(hn::Add(start, half_down(first)), d, to.start[i][1] + g);
-        hn::Store(hn::Sub(all, last), d, to.by[i][0] + g);
-        hn::Store(last, d, to.by[i][1] + g);
+        hn::Store(start(hn::Load(d, x[i].sum32 + g), hn::Load(d, odd + g)), d, to[i][0] + g);
       }
     }
 }
 
-/// dot += codes of 16 columns, from the `word`-th four on.
-template <int MR>
-HWY_INLINE void Int8Sixteen(const Int8Columns* x, const Int8Chunk& w, index_t word, index_t s, VI (&dot)[MR][int8_panels]) {
+/// Dot products of `Fours` times four columns, from the `word`-th on.
+template <int Fours, int MR>
+HWY_INLINE void Int8Group(const Int8Columns* x, const Int8Chunk& w, index_t word, index_t s, VI (&dot)[MR][int8_panels]) {
   constexpr int NP = int8_panels;
-  TINYLLAMA_UNROLL for (int j = 0; j < 4; ++j) {
+  TINYLLAMA_UNROLL for (int j = 0; j < Fours; ++j) {
     VU c[NP];
     TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) Hold(c[p] = hn::Load(DU(), w.codes[word + j][p] + s * lanes));
     TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i) {
@@ -198,67 +196,69 @@ HWY_INLINE void Int8Sixteen(const Int8Columns* x, const Int8Chunk& w, index_t wo
   }
 }
 
-/// Sums of one group of a pair, before they are shifted to its half; g: the 32 columns.
-template <int MR, int Halves>
-HWY_INLINE void Int8Group(const Int8Columns* x, const Int8Chunk& w, const Int8Steps<MR>& steps, index_t g, int half, index_t s, VI (&dot)[MR][int8_panels]) {
+/// to [MR, int8_panels x 16] = before (none: 0) + x [MR, 32 groups] w^T.
+template <Int8Kind Kind, int MR>
+HWY_NOINLINE void Int8Tile(const Int8Columns* x, const Int8Start* start, const Int8Chunk& w, const BlockFormat& f, index_t groups, const float* before, float* to,
+                           index_t ld) {
   constexpr int NP = int8_panels;
-  TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i)
-    TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) dot[i][p] = hn::Set(DI(), steps.start[i][half][g]);
-  if constexpr (Halves == 2) return Int8Sixteen<MR>(x, w, 8 * g + 4 * half, s, dot);
-  Int8Sixteen<MR>(x, w, 8 * g, s, dot);
-  TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i)
-    TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) dot[i][p] = ShiftedRight(ShiftedLeft(dot[i][p], steps.up[i][g]), steps.down[i][g]);
-  Int8Sixteen<MR>(x, w, 8 * g + 4, s, dot);
-}
-
-/// to [MR, int8_panels x 16] = before (none: 0) + x [MR, 32 groups] w^T; Halves: the scales of W that 32 columns have.
-template <int MR, int Halves>
-HWY_NOINLINE void Int8Tile(const Int8Columns* x, const Int8Chunk& w, const BlockFormat& f, index_t groups, const float* before, float* to, index_t ld) {
-  constexpr int NP = int8_panels;
+  constexpr bool halves = Kind == Int8Kind::halves;
   const D d;
   const DI di;
-  Int8Steps<MR> steps;
-  Plan<MR, Halves>(x, f, steps);
   for (index_t s = 0; s < subs; ++s) {
     VI acc[MR][NP];
     TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i)
       TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) acc[i][p] = hn::Zero(di);
-    for (index_t pair = 0; pair < (groups * Halves + 1) / 2; ++pair) {
-      const index_t g0 = Halves == 2 ? pair : 2 * pair, g1 = Halves == 2 ? pair : 2 * pair + 1;
-      VI high[MR][NP], low[MR][NP];
-      Int8Group<MR, Halves>(x, w, steps, g0, 0, s, high);
+    for (index_t pair = 0; pair < (halves ? groups : (groups + 1) / 2); ++pair) {
+      constexpr int fours = halves ? 4 : 8;
+      VI upper[MR][NP], lower[MR][NP];
       TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i)
-        TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) high[i][p] = ShiftedLeft(high[i][p], steps.by[i][0][g0]);
-      Int8Group<MR, Halves>(x, w, steps, g1, 1, s, low);
+        TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) upper[i][p] = hn::Set(di, halves ? start[i][0][pair] : start[i][0][2 * pair]);
+      Int8Group<fours>(x, w, 2 * fours * pair, s, upper);
+      TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i)
+        TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) {
+          upper[i][p] = ShiftedLeft(upper[i][p], 16 - f.cut);
+          lower[i][p] = hn::Set(di, halves ? start[i][1][pair] : start[i][0][2 * pair + 1]);
+        }
+      Int8Group<fours>(x, w, 2 * fours * pair + fours, s, lower);
+      VI ratio[MR];  // two groups have one each, two halves share one
+      TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i) {
+        const std::int32_t two = x[i].ratios[halves ? pair / 2 : pair];
+        ratio[i] = hn::Set(di, halves ? (pair % 2 ? two & 0xffff : two >> 16) * 0x10001 : two);
+      }
       TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) {
         const VI scale = hn::Load(di, w.scale[pair][p] + s * lanes);
         TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i)
-          acc[i][p] = Dot2(acc[i][p], UpperLower(high[i][p], ShiftedRight(low[i][p], steps.by[i][1][g1])), scale);
+          acc[i][p] = Dot2(acc[i][p], ScaledHalves(UpperLower(upper[i][p], ShiftedRight(lower[i][p], f.cut)), ratio[i]), scale);
       }
     }
+    V sum[MR][NP];
     TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i)
       TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) {
-        const index_t column = p * panel_rows + s * lanes;
-        const V scale = hn::Set(d, x[i].scale);
-        V sum = before ? hn::Load(d, before + i * NP * panel_rows + column) : hn::Zero(d);
-        sum = hn::MulAdd(hn::ConvertTo(d, acc[i][p]), hn::Mul(hn::Load(d, w.unit[p] + s * lanes), scale), sum);
-        if (f.mins) {
-          VI min = hn::Zero(di);
-          for (index_t q = 0; q < chunk / 64; ++q) {
-            const std::uint32_t two = static_cast<std::uint16_t>(x[i].sum[2 * q]) << 16 | static_cast<std::uint16_t>(x[i].sum[2 * q + 1]);
-            min = Dot2(min, hn::Load(di, w.min[q][p] + s * lanes), hn::Set(di, static_cast<std::int32_t>(two)));
-          }
-          sum = hn::MulAdd(hn::ConvertTo(d, min), hn::Mul(hn::Load(d, w.min_unit[p] + s * lanes), scale), sum);
-        }
-        hn::StoreU(sum, d, to + i * ld + column);
+        sum[i][p] = before ? hn::Load(d, before + (i * NP + p) * panel_rows + s * lanes) : hn::Zero(d);
+        sum[i][p] = hn::MulAdd(hn::ConvertTo(d, acc[i][p]), hn::Mul(hn::Load(d, w.unit[p] + s * lanes), hn::Set(d, x[i].scale)), sum[i][p]);
+        acc[i][p] = hn::Zero(di);
       }
+    if constexpr (Kind == Int8Kind::mins) {
+      TINYLLAMA_UNROLL for (int q = 0; q < chunk / 64; ++q)
+        TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) {
+          const VI min = hn::Load(di, w.min[q][p] + s * lanes);
+          TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i) acc[i][p] = Dot2(acc[i][p], hn::Set(di, x[i].sums[q]), min);
+        }
+      TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i)
+        TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p)
+          sum[i][p] = hn::MulAdd(hn::ConvertTo(d, acc[i][p]), hn::Mul(hn::Load(d, w.min_unit[p] + s * lanes), hn::Set(d, x[i].scale)), sum[i][p]);
+    }
+    TINYLLAMA_UNROLL for (int i = 0; i < MR; ++i)
+      TINYLLAMA_UNROLL for (int p = 0; p < NP; ++p) hn::StoreU(sum[i][p], d, to + i * ld + p * panel_rows + s * lanes);
   }
 }
 
 template <int MR>
-HWY_INLINE void Int8Rows(const Int8Columns* x, const Int8Chunk& w, const BlockFormat& f, index_t columns, const float* before, float* to, index_t ld) {
-  if (f.halves == 2) Int8Tile<MR, 2>(x, w, f, columns / 32, before, to, ld);
-  else Int8Tile<MR, 1>(x, w, f, columns / 32, before, to, ld);
+HWY_INLINE void Int8Rows(const Int8Columns* x, const Int8Start* start, const Int8Chunk& w, const BlockFormat& f, index_t groups, const float* before, float* to,
+                         index_t ld) {
+  if (f.kind == Int8Kind::halves) Int8Tile<Int8Kind::halves, MR>(x, start, w, f, groups, before, to, ld);
+  else if (f.kind == Int8Kind::mins) Int8Tile<Int8Kind::mins, MR>(x, start, w, f, groups, before, to, ld);
+  else Int8Tile<Int8Kind::offset, MR>(x, start, w, f, groups, before, to, ld);
 }
 
 void Int8Panels(const MatmulTask& t, const BlockFormat& f, index_t first, index_t last) {
@@ -286,13 +286,27 @@ void Int8Panels(const MatmulTask& t, const BlockFormat& f, index_t first, index_
         const bool done = k0 + kc == t.k && columns == width;
         float* to = done ? y : sums;
         const index_t ld = done ? t.ldy : width;
-        index_t i = 0, line = 0;
-        for (; i + int8_rows <= rows; i += int8_rows) {
-          if (line < lines) ask(line++);
-          Int8Rows<int8_rows>(x + i, w, f, kc, k0 ? sums + i * width : nullptr, to + i * ld, ld);
+        alignas(64) Int8Start start[int8_ahead];
+        index_t line = 0;
+        for (index_t i0 = 0; i0 < rows; i0 += int8_ahead) {
+          const index_t stop = rows - i0 < int8_ahead ? rows : i0 + int8_ahead;
+          Starts(x + i0, f, stop - i0, start);
+          for (index_t i = i0; i < stop;) {
+            const index_t left = stop - i;
+            const Int8Columns* rows_x = x + i;
+            const Int8Start* rows_start = start + (i - i0);
+            const float* before = k0 ? sums + i * width : nullptr;
+            float* rows_to = to + i * ld;
+            if (left >= int8_rows) {
+              if (line < lines) ask(line++);
+              Int8Rows<int8_rows>(rows_x, rows_start, w, f, kc / 32, before, rows_to, ld), i += int8_rows;
+            } else if (left >= 2) {
+              Int8Rows<2>(rows_x, rows_start, w, f, kc / 32, before, rows_to, ld), i += 2;
+            } else {
+              Int8Rows<1>(rows_x, rows_start, w, f, kc / 32, before, rows_to, ld), ++i;
+            }
+          }
         }
-        for (; i + 2 <= rows; i += 2) Int8Rows<2>(x + i, w, f, kc, k0 ? sums + i * width : nullptr, to + i * ld, ld);
-        for (; i < rows; ++i) Int8Rows<1>(x + i, w, f, kc, k0 ? sums + i * width : nullptr, to + i * ld, ld);
       }
       if (columns < width)
         for (index_t i = 0; i < rows; ++i)

@@ -191,40 +191,40 @@ void quantise_columns(Int8Columns* to, index_t stride, const float* x, index_t n
   const DI di;
   const hn::Rebind<std::int8_t, DI> d8;
   for (index_t c = 0; c < n; c += int8_columns, to += stride) {
-    const index_t halves = (n - c < int8_columns ? n - c : int8_columns) / 16;
-    // Magnitudes compared as integers, as above. As integers, too, two of them differ by 2^23 for each time that one can be doubled without exceeding the other.
-    std::int32_t own[int8_columns / 16], most = 0;
-    for (index_t h = 0; h < halves; ++h) {
+    const index_t groups = (n - c < int8_columns ? n - c : int8_columns) / 32;
+    // Magnitudes compared as integers, as above.
+    VI most = hn::Zero(di);
+    float own[int8_columns / 32];
+    for (index_t g = 0; g < groups; ++g) {
       VI m = hn::Zero(di);
-      for (index_t i = 0; i < 16; i += lanes) m = hn::Max(m, hn::BitCast(di, hn::Abs(hn::LoadU(d, x + c + 16 * h + i))));
-      own[h] = hn::GetLane(hn::MaxOfLanes(di, m));
-      most = own[h] > most ? own[h] : most;
+      for (index_t i = 0; i < 32; i += lanes) m = hn::Max(m, hn::BitCast(di, hn::Abs(hn::LoadU(d, x + c + 32 * g + i))));
+      m = hn::MaxOfLanes(di, m);
+      own[g] = hn::GetLane(hn::BitCast(d, m));
+      most = hn::Max(most, m);
     }
-    float max;
-    std::memcpy(&max, &most, sizeof max);
-    const float inverse = quantise_inverse(max);
-    if (halves < int8_columns / 16) *to = {};
-    to->scale = max / 127.0f;
-    std::int32_t shift[int8_columns / 16], sum[int8_columns / 16];
-    for (index_t h = 0; h < halves; ++h) {
-      const std::int32_t doubled = (most - own[h]) >> 23;
-      shift[h] = doubled < int8_shifts ? doubled : int8_shifts;
-      const V by = hn::Set(d, inverse * static_cast<float>(1 << shift[h]));
-      VI sums = hn::Zero(di);
-      for (index_t i = 16 * h; i < 16 * h + 16; i += lanes) {
-        const V code = hn::Mul(hn::LoadU(d, x + c + i), by);
-        const VI r = hn::NearestInt(hn::IfThenElseZero(hn::Eq(code, code), code));
-        hn::StoreU(hn::DemoteTo(d8, r), d8, to->codes + i);
-        sums = hn::Add(sums, r);
+    const float all = hn::GetLane(hn::BitCast(d, most)), to_ratio = ratio_inverse(all);
+    if (groups < int8_columns / 32) *to = {};
+    to->scale = all / 127.0f * (32768.0f / 32767.0f);
+    for (index_t g = 0; g < groups; ++g) {
+      const V by = hn::Set(d, quantise_inverse(own[g]));
+      std::int32_t sum[2];
+      for (index_t h = 0; h < 2; ++h) {
+        VI sums = hn::Zero(di);
+        for (index_t i = 32 * g + 16 * h; i < 32 * g + 16 * h + 16; i += lanes) {
+          const V code = hn::Mul(hn::LoadU(d, x + c + i), by);
+          const VI r = hn::NearestInt(hn::IfThenElseZero(hn::Eq(code, code), code));
+          hn::StoreU(hn::DemoteTo(d8, r), d8, to->codes + i);
+          sums = hn::Add(sums, r);
+        }
+        sum[h] = hn::GetLane(hn::SumOfLanes(di, sums));
+        to->sum16[h][g] = static_cast<std::int16_t>(sum[h]);
       }
-      sum[h] = hn::GetLane(hn::SumOfLanes(di, sums));
-      to->shift[h % 2][h / 2] = static_cast<std::int8_t>(shift[h]);
-      to->sum16[h % 2][h / 2] = static_cast<std::int16_t>(sum[h]);
-    }
-    for (index_t g = 0; g < halves / 2; ++g) {
-      const std::int32_t all = sum[2 * g] * (1 << (int8_shifts - shift[2 * g])) + sum[2 * g + 1] * (1 << (int8_shifts - shift[2 * g + 1]));
-      to->sum32[g] = all;
-      to->sum[g] = static_cast<std::int16_t>((all + (1 << (int8_shifts - 4))) >> (int8_shifts - 3));
+      to->sum32[g] = sum[0] + sum[1];
+      const float part = own[g] * to_ratio;
+      const std::int32_t ratio = hn::GetLane(hn::NearestInt(hn::Set(d, part == part ? part : 0.0f)));
+      const std::int32_t eighths = (to->sum32[g] * ratio + (1 << 11)) >> 12;
+      if (g % 2 == 0) to->ratios[g / 2] = ratio * 65536, to->sums[g / 2] = eighths * 65536;
+      else to->ratios[g / 2] |= ratio, to->sums[g / 2] |= eighths & 0xffff;
     }
   }
 }
