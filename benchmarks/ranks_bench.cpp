@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <string>
 #include <vector>
 
 #include "../examples/train_options.hpp"
@@ -33,6 +34,22 @@ tl::any_llama config_of(const Options& o) {
   return c;
 }
 
+/// " (of its card ...)": the most that the device gave out at a time, and what its card holds now, CUDA's own memory and NCCL's included.
+template <class D>
+std::string of_the_card([[maybe_unused]] const D& dev) {
+  if constexpr (D::host_memory) {
+    return "";
+  } else {
+    std::uint64_t most = 0;
+    std::size_t free = 0, total = 0;
+    tl::cuda::check(cudaMemPoolGetAttribute(dev.pool(), cudaMemPoolAttrUsedMemHigh, &most), "cudaMemPoolGetAttribute");
+    tl::cuda::check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+    char text[96];
+    std::snprintf(text, sizeof text, " (of its card at most %.2f, with CUDA and NCCL %.2f)", static_cast<double>(most) / (1 << 30), static_cast<double>(total - free) / (1 << 30));
+    return text;
+  }
+}
+
 void run(Options& o) {
   if (!o.ranks.start()) return;
   const tl::any_llama c = config_of(o);
@@ -57,9 +74,9 @@ void run(Options& o) {
     if (!o.ranks.first() || seconds.empty()) return;
     std::sort(seconds.begin(), seconds.end());
     const double s = seconds[seconds.size() / 2], gib = static_cast<double>(trainer.bytes()) / (1 << 30);
-    std::printf("%s %d ranks %s, %d rows of %d: %.1f ms a step (best %.1f), %.0f tokens/s, %.2f GiB of a rank\n", o.preset.c_str(), o.ranks.size(),
+    std::printf("%s %d ranks %s, %d rows of %d: %.1f ms a step (best %.1f), %.0f tokens/s, %.2f GiB of a rank%s\n", o.preset.c_str(), o.ranks.size(),
                 o.ranks.size() > 1 ? o.ranks.parallel().c_str() : "alone", static_cast<int>(o.rows), static_cast<int>(o.tokens), 1e3 * s, 1e3 * seconds.front(),
-                static_cast<double>(o.rows * o.tokens) / s, gib);
+                static_cast<double>(o.rows * o.tokens) / s, gib, of_the_card(dev).c_str());
   });
 }
 

@@ -8,6 +8,7 @@
 #if defined(TINYLLAMA_CUDA)
 #include <tinyllama/cuda_training.hpp>
 #include <tinyllama/distributed/nccl.cuh>
+#include <tinyllama/distributed/staged.hpp>
 #endif
 
 #include <csignal>
@@ -33,6 +34,8 @@ class Ranks {
   void add_to(CLI::App& app) {
     app.add_option("--parallel", parallel_, "under mpirun, what the ranks share: none (rank 0 works alone), ddp, zero1 (optimizer state) or fsdp (everything)")
         ->check(CLI::IsMember({"none", "ddp", "zero1", "fsdp"}))->capture_default_str();
+    app.add_option("--backend", backend_, "what connects ranks on cards: nccl, or mpi by way of the host's memory, also where ranks share a card")
+        ->check(CLI::IsMember({"nccl", "mpi"}))->capture_default_str();
     app.add_option("--timeout", timeout_, "seconds after which a rank that does not answer is an error; 0: never")->check(CLI::NonNegativeNumber)->capture_default_str();
   }
 
@@ -76,10 +79,15 @@ class Ranks {
 #if defined(TINYLLAMA_MPI)
     if (mpi_) {
       if constexpr (D::host_memory) return over(std::shared_ptr<Mpi>(mpi_));
-#if defined(TINYLLAMA_CUDA) && defined(TINYLLAMA_NCCL)
-      else return over(std::make_shared<Nccl<Mpi>>(*mpi_, dev.card(), dev.stream(), NcclOptions{std::chrono::duration<double>(timeout_)}));
+#if defined(TINYLLAMA_CUDA)
+      else {
+        if (backend_ == "mpi") return over(std::make_shared<Staged<Mpi, D>>(*mpi_, dev));
+#if defined(TINYLLAMA_NCCL)
+        return over(std::make_shared<Nccl<Mpi>>(*mpi_, dev.card(), dev.stream(), NcclOptions{std::chrono::duration<double>(timeout_)}));
 #else
-      else throw Error("--device", "cuda", "a program built with NCCL, for several ranks", "one without");
+        throw Error("--backend", "nccl", "a program built with NCCL, or mpi", "one without");
+#endif
+      }
 #endif
     }
 #endif
@@ -93,7 +101,7 @@ class Ranks {
   }
 
  private:
-  std::string parallel_ = "ddp";
+  std::string parallel_ = "ddp", backend_ = "nccl";
   double timeout_ = 25;
   int rank_ = 0, size_ = 1, neighbours_ = 1;
 #if defined(TINYLLAMA_MPI)

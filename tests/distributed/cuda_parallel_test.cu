@@ -4,11 +4,11 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
-#include <memory>
 #include <random>
 
 #include "tests/distributed/thread_ranks.hpp"
 #include "tinyllama/distributed/parallel.hpp"
+#include "tinyllama/distributed/staged.hpp"
 
 namespace {
 
@@ -32,66 +32,8 @@ bool no_card() {
   return true;
 }
 
-/// A ThreadRank of arrays on a card, by way of the host.
 template <class D>
-class CardRank {
- public:
-  struct Request {
-    ThreadRank::Request request;
-    std::shared_ptr<std::vector<float>> in, out;
-    void* to = nullptr;
-    Format format = Format::f32;
-  };
-  CardRank(ThreadRank& m, D& dev) : m_(&m), dev_(&dev) {}
-  int rank() const { return m_->rank(); }
-  int size() const { return m_->size(); }
-  Request start_all_reduce(void* out, index_t n, Format f, Reduction how, std::string_view what) {
-    auto host = read(out, n, f);
-    return {m_->start_all_reduce(host->data(), n, Format::f32, how, what), host, host, out, f};
-  }
-  Request start_reduce_scatter(void* out, const void* in, const Shards& s, Format f, Reduction how, std::string_view what) {
-    auto from = read(in, s.n, f), to = std::make_shared<std::vector<float>>(static_cast<std::size_t>(s.of(rank()).size()));
-    return {m_->start_reduce_scatter(to->data(), from->data(), s, Format::f32, how, what), from, to, out, f};
-  }
-  Request start_all_gather(void* out, const void* in, const Shards& s, Format f, std::string_view what) {
-    auto from = read(in, s.of(rank()).size(), f), to = std::make_shared<std::vector<float>>(static_cast<std::size_t>(s.n));
-    return {m_->start_all_gather(to->data(), from->data(), s, Format::f32, what), from, to, out, f};
-  }
-  Request start_broadcast(void* out, index_t n, Format f, int root, std::string_view what) {
-    auto host = read(out, n, f);
-    return {m_->start_broadcast(host->data(), n, Format::f32, root, what), host, host, out, f};
-  }
-  void wait(Request& r) {
-    const auto in = std::exchange(r.in, nullptr);  // until the wait is over
-    if (!in) return;
-    m_->wait(r.request);
-    if (r.format == Format::f32) {
-      dev_->upload(r.to, r.out->data(), r.out->size() * sizeof(float));
-    } else {
-      const std::vector<bf16> rounded(r.out->begin(), r.out->end());
-      dev_->upload(r.to, rounded.data(), rounded.size() * sizeof(bf16));
-    }
-  }
-  void progress() {}
-  void reduce(std::span<double> numbers, Reduction how, std::string_view what) { m_->reduce(numbers, how, what); }
-  void broadcast(std::span<std::byte> bytes, int root, std::string_view what) { m_->broadcast(bytes, root, what); }
-  void barrier(std::string_view what) { m_->barrier(what); }
-
- private:
-  std::shared_ptr<std::vector<float>> read(const void* from, index_t n, Format f) const {
-    auto host = std::make_shared<std::vector<float>>(static_cast<std::size_t>(n));
-    if (f == Format::f32) {
-      dev_->download(host->data(), from, host->size() * sizeof(float));
-      return host;
-    }
-    std::vector<bf16> rounded(host->size());
-    dev_->download(rounded.data(), from, rounded.size() * sizeof(bf16));
-    for (std::size_t i = 0; i < rounded.size(); ++i) (*host)[i] = static_cast<float>(rounded[i]);
-    return host;
-  }
-  ThreadRank* m_;
-  D* dev_;
-};
+using CardRank = Staged<ThreadRank, D>;
 static_assert(Communicator<CardRank<Cuda>> && Communicator<Single<Cuda>>);
 
 struct Batch {

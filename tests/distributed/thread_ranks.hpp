@@ -67,32 +67,40 @@ class ThreadRank {
   std::size_t sent() const { return sent_; }
 
   Request start_all_reduce(void* out, index_t n, Format f, Reduction how, std::string_view) {
-    auto* const values = floats(out, f);
-    return start(values, n, [=](const auto& inputs) { fold(values, inputs, {0, n}, how); });
+    return typed(f, [&]<class T>(T) {
+      auto* const values = static_cast<T*>(out);
+      return start(values, n, [=](const auto& inputs) { fold(values, inputs, {0, n}, how); });
+    });
   }
   Request start_reduce_scatter(void* out, const void* in, const Shards& s, Format f, Reduction how, std::string_view) {
-    auto* const to = floats(out, f);
-    const Interval mine = s.of(rank_);
-    std::fill_n(to, mine.size(), nan);
-    return start(static_cast<const float*>(in), s.n, [=](const auto& inputs) { fold(to, inputs, mine, how); });
+    return typed(f, [&]<class T>(T) {
+      auto* const to = static_cast<T*>(out);
+      const Interval mine = s.of(rank_);
+      std::fill_n(to, mine.size(), T(nan));
+      return start(static_cast<const T*>(in), s.n, [=](const auto& inputs) { fold(to, inputs, mine, how); });
+    });
   }
   Request start_all_gather(void* out, const void* in, const Shards& s, Format f, std::string_view) {
-    auto* const to = floats(out, f);
-    const Interval mine = s.of(rank_);
-    Request r = start(static_cast<const float*>(in), mine.size(), [=, this](const auto& inputs) {
-      for (int i = 0; i < size(); ++i) {
-        const auto& bytes = inputs[static_cast<std::size_t>(i)];
-        if (!bytes.empty()) std::memcpy(to + s.of(i).begin, bytes.data(), bytes.size());
-      }
+    return typed(f, [&]<class T>(T) {
+      auto* const to = static_cast<T*>(out);
+      const Interval mine = s.of(rank_);
+      Request r = start(static_cast<const T*>(in), mine.size(), [=, this](const auto& inputs) {
+        for (int i = 0; i < size(); ++i) {
+          const auto& bytes = inputs[static_cast<std::size_t>(i)];
+          if (!bytes.empty()) std::memcpy(to + s.of(i).begin, bytes.data(), bytes.size());
+        }
+      });
+      for (index_t i = 0; i < s.n; ++i)
+        if (i < mine.begin || i >= mine.end) to[i] = T(nan);
+      if (in != to + mine.begin) std::fill_n(to + mine.begin, mine.size(), T(nan));
+      return r;
     });
-    for (index_t i = 0; i < s.n; ++i)
-      if (i < mine.begin || i >= mine.end) to[i] = nan;
-    if (in != to + mine.begin) std::fill_n(to + mine.begin, mine.size(), nan);
-    return r;
   }
   Request start_broadcast(void* out, index_t n, Format f, int root, std::string_view) {
-    auto* const values = floats(out, f);
-    return start(values, n, [=](const auto& inputs) { std::memcpy(values, inputs[static_cast<std::size_t>(root)].data(), static_cast<std::size_t>(n) * sizeof(float)); });
+    return typed(f, [&]<class T>(T) {
+      auto* const values = static_cast<T*>(out);
+      return start(values, n, [=](const auto& inputs) { std::memcpy(values, inputs[static_cast<std::size_t>(root)].data(), static_cast<std::size_t>(n) * sizeof(T)); });
+    });
   }
   void wait(Request& r) {
     if (auto finish = std::exchange(r.finish, nullptr)) finish();
@@ -122,13 +130,16 @@ class ThreadRank {
 
  private:
   static constexpr float nan = std::numeric_limits<float>::quiet_NaN();
-  static float* floats(void* p, Format f) {
-    if (f != Format::f32) throw Error("ThreadRank", "format", "f32", std::string(name(f)));
-    return static_cast<float*>(p);
+  /// f(an element of the format)
+  template <class F>
+  static Request typed(Format format, F&& f) {
+    if (format == Format::f32) return f(float{});
+    if (format == Format::bf16) return f(bf16{});
+    throw Error("ThreadRank", "format", "f32 or bf16", std::string(name(format)));
   }
   /// `then(inputs)` at the wait, before which `in` must not change.
-  template <class F>
-  Request start(const float* in, index_t n, F then) {
+  template <class T, class F>
+  Request start(const T* in, index_t n, F then) {
     const auto bytes = std::as_bytes(std::span(in, static_cast<std::size_t>(n)));
     std::vector<std::byte> copy(bytes.begin(), bytes.end());
     const std::int64_t id = next_++;
@@ -139,11 +150,16 @@ class ThreadRank {
       wires_->take(id, then);
     }};
   }
-  static void fold(float* to, const std::vector<std::vector<std::byte>>& inputs, const Interval& part, Reduction how) {
+  template <class T>
+  static void fold(T* to, const std::vector<std::vector<std::byte>>& inputs, const Interval& part, Reduction how) {
     for (index_t i = part.begin; i < part.end; ++i) {
-      float sum = 0, most = -std::numeric_limits<float>::infinity(), x = 0;
-      for (const auto& input : inputs) std::memcpy(&x, input.data() + static_cast<std::size_t>(i) * sizeof x, sizeof x), sum += x, most = std::max(most, x);
-      to[i - part.begin] = how == Reduction::max ? most : how == Reduction::mean ? sum / static_cast<float>(inputs.size()) : sum;
+      float sum = 0, most = -std::numeric_limits<float>::infinity();
+      for (const auto& input : inputs) {
+        T x;
+        std::memcpy(&x, input.data() + static_cast<std::size_t>(i) * sizeof x, sizeof x);
+        sum += static_cast<float>(x), most = std::max(most, static_cast<float>(x));
+      }
+      to[i - part.begin] = T(how == Reduction::max ? most : how == Reduction::mean ? sum / static_cast<float>(inputs.size()) : sum);
     }
   }
   ThreadWires* wires_;

@@ -35,9 +35,7 @@ std::string answer(const fs::path& model, const std::string& question, const std
   return r.out;
 }
 
-}  // namespace
-
-TEST_CASE("finetune: answers are learned, by all weights and by adapters, which merge and which chat adds itself") {
+void answers_are_learned(const std::string& device) {
   const TempFolder tmp;
   make_base(tmp / "base");
   {
@@ -46,7 +44,7 @@ TEST_CASE("finetune: answers are learned, by all weights and by adapters, which 
   }
   CHECK(answer(tmp / "base", facts[0].first).find("Kelos") == std::string::npos);
   const auto learn = [&](float share, std::vector<std::string> more) {
-    std::vector<std::string> arguments{"--model", tmp / "base", "--data", tmp / "facts.jsonl", "--tokens", "128", "--threads", "1", "--precision", "f32", "--json"};
+    std::vector<std::string> arguments{"--model", tmp / "base", "--data", tmp / "facts.jsonl", "--tokens", "128", "--threads", "1", "--device", device, "--precision", "f32", "--json"};
     arguments.insert(arguments.end(), more.begin(), more.end());
     const Result r = run("finetune", arguments);
     CAPTURE(r.err);
@@ -69,7 +67,7 @@ TEST_CASE("finetune: answers are learned, by all weights and by adapters, which 
   CHECK(one_error_line(r.err));
 }
 
-TEST_CASE("finetune: preferences are learned") {
+void preferences_are_learned(const std::string& device) {
   const TempFolder tmp;
   make_base(tmp / "base");
   {
@@ -78,7 +76,7 @@ TEST_CASE("finetune: preferences are learned") {
       data << json{{"prompt", facts[i].first}, {"chosen", facts[i].second}, {"rejected", facts[(i + 1) % facts.size()].second}} << '\n';
   }
   const Result r = run("finetune", {"--model", tmp / "base", "--data", tmp / "pairs.jsonl", "--dpo", "--out", tmp / "lora", "--epochs", "30", "--lr", "3e-3",
-                                    "--tokens", "128", "--threads", "1", "--json"});
+                                    "--tokens", "128", "--threads", "1", "--device", device, "--json"});
   CAPTURE(r.err);
   REQUIRE(r.status == 0);
   const json j = json::parse(r.out);
@@ -86,6 +84,23 @@ TEST_CASE("finetune: preferences are learned") {
   CHECK(j["losses"].front().get<float>() < 0.75f);
   CHECK(j["losses"].back().get<float>() < 0.3f);
   CHECK(j["accuracy"].get<float>() == 1.0f);
+}
+
+bool skipped() {
+  const std::string why = no_card();
+  if (!why.empty()) MESSAGE("skipped: " << why);
+  return !why.empty();
+}
+
+}  // namespace
+
+TEST_CASE("finetune: answers are learned, by all weights and by adapters, which merge and which chat adds itself") { answers_are_learned("cpu"); }
+TEST_CASE("finetune: preferences are learned") { preferences_are_learned("cpu"); }
+TEST_CASE("finetune on a card: answers are learned") {
+  if (!skipped()) answers_are_learned("cuda");
+}
+TEST_CASE("finetune on a card: preferences are learned") {
+  if (!skipped()) preferences_are_learned("cuda");
 }
 
 TEST_CASE("finetune: bad data is one line that names the file") {

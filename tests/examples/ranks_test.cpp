@@ -30,8 +30,9 @@ namespace fs = std::filesystem;
 
 constexpr const char* shardings[] = {"ddp", "zero1", "fsdp"};
 
-bool skipped() {
-  const std::string why = no_mpirun();
+bool skipped(bool on_card = false) {
+  std::string why = no_mpirun();
+  if (why.empty() && on_card) why = no_card();
   if (!why.empty()) MESSAGE("skipped: " << why);
   return !why.empty();
 }
@@ -130,23 +131,21 @@ void check_same(const std::map<std::int64_t, std::vector<double>>& found, const 
     }
 }
 
-}  // namespace
-
-TEST_CASE("train_step under mpirun: 20 steps of 2 and 4 ranks are those of one process: losses, gradients, model") {
-  if (skipped()) return;
+/// 20 steps of several ranks are those of one process: losses, gradients, model. `how`: options of all runs, and of those under mpirun.
+void many_learn_what_one_does(const std::vector<int>& rank_counts, const std::string& how, const std::string& how_many) {
   for (const bool tied : {false, true}) {
     const OneBatch batch(small_config(tied));
     const auto steps = [&](const std::string& name) {
-      return batch.arguments("--steps 20 --precision f32 --lr 1e-3 --gradients " + (batch / (name + ".safetensors")).string() + " --save " + (batch / name).string());
+      return batch.arguments(how + " --steps 20 --precision f32 --lr 1e-3 --gradients " + (batch / (name + ".safetensors")).string() + " --save " + (batch / name).string());
     };
     const Result one = run_shell("train_step", steps("one"));
     REQUIRE_MESSAGE(one.status == 0, one.err);
     const auto expected = json::parse(one.out);
-    for (const int ranks : {2, 4})
+    for (const int ranks : rank_counts)
       for (const char* parallel : shardings) {
         CAPTURE(ranks);
         CAPTURE(parallel);
-        const Result r = run_ranks(ranks, "train_step", steps("many") + " --parallel " + parallel + (ranks == 4 ? " --micro-rows 1" : ""));
+        const Result r = run_ranks(ranks, "train_step", steps("many") + " --parallel " + parallel + (ranks == 4 ? " --micro-rows 1" : "") + how_many);
         REQUIRE_MESSAGE(r.status == 0, r.err);
         const auto found = json::parse(r.out);  // one object: rank 0's
         CHECK(found["ranks"] == ranks);
@@ -159,6 +158,16 @@ TEST_CASE("train_step under mpirun: 20 steps of 2 and 4 ranks are those of one p
         CHECK(worst_difference(batch / "many" / "model.safetensors", batch / "one" / "model.safetensors") < 1e-4);
       }
   }
+}
+
+}  // namespace
+
+TEST_CASE("train_step under mpirun: 20 steps of 2 and 4 ranks are those of one process: losses, gradients, model") {
+  if (!skipped()) many_learn_what_one_does({2, 4}, "", "");
+}
+
+TEST_CASE("train_step under mpirun: ranks on cards too, by way of the host's memory") {
+  if (!skipped(true)) many_learn_what_one_does({2, 4}, "--device cuda", " --backend mpi");
 }
 
 TEST_CASE("train_step under mpirun: with --parallel none rank 0 works alone; and one rank that cannot read its input ends all") {

@@ -50,6 +50,12 @@ inline Result run(const std::string& program, const std::vector<std::string>& ar
 /// The same with arguments that go through the shell; no path of a TempFolder has a character that it would take for more.
 inline Result run_shell(const std::string& program, const std::string& arguments) { return run_line(quoted(program_path(program)) + " " + arguments); }
 
+/// Why no program can use a card; "" where one can.
+inline std::string no_card() {
+  if (run_line("nvidia-smi -L").status != 0) return "no card";
+  return run("train_step", {"--help"}).out.find("cpu or cuda") == std::string::npos ? "built without CUDA" : "";
+}
+
 inline bool one_error_line(const std::string& err) { return err.starts_with("error: ") && std::count(err.begin(), err.end(), '\n') == 1; }
 
 }  // namespace tinyllama::test
