@@ -32,6 +32,13 @@ std::size_t memory_in_use() {
   return total - free;
 }
 
+/// GiB that the device gave out at a time.
+double most_of(const tl::Cuda& dev) {
+  std::uint64_t most = 0;
+  tl::cuda::check(cudaMemPoolGetAttribute(dev.pool(), cudaMemPoolAttrUsedMemHigh, &most), "cudaMemPoolGetAttribute");
+  return static_cast<double>(most) / (1 << 30);
+}
+
 void steps(tl::Cuda& dev, tl::index_t B, tl::index_t T, int count, tl::Checkpointing how, bool fp8) {
   tl::Trainer<C, tl::Cuda> trainer(dev, {.peak_lr = 1e-4f, .precision = fp8 ? tl::Precision::fp8 : tl::Precision::bf16, .checkpointing = how, .tokens = T});
   std::vector<std::int32_t> ids(static_cast<std::size_t>(B * T)), next(ids.size());
@@ -46,11 +53,12 @@ void steps(tl::Cuda& dev, tl::index_t B, tl::index_t T, int count, tl::Checkpoin
     std::printf("step %d  loss %.4f  norm %.3f  %.1f ms\n", i + 1, static_cast<double>(loss), static_cast<double>(trainer.report().gradient_norm), 1e3 * (now() - start));
   }
   const double s = median(seconds), rate = static_cast<double>(B * T) / s;
+  const tl::TrainingPlan plan = tl::training_plan<C, tl::Cuda>({.batch = B, .tokens = T, .checkpointing = how, .precision = trainer.options().precision});
   C seen;
   const double flops = 6.0 * static_cast<double>(tl::matmul_parameter_count(seen)) + 12.0 * C::layers * C::hidden * static_cast<double>(T);
-  std::printf("B=%d T=%d  %.1f ms a step (best %.1f)  %.0f tokens/s  %.1f TFLOP/s = %.1f%% of 989  %.1f GiB in use, %.1f GiB the trainer's\n", static_cast<int>(B), static_cast<int>(T), 1e3 * s,
+  std::printf("B=%d T=%d  %.1f ms a step (best %.1f)  %.0f tokens/s  %.1f TFLOP/s = %.1f%% of 989  %.1f GiB in use, %.2f GiB the trainer's, %.2f of the device at most, planned %.2f and %.2f\n", static_cast<int>(B), static_cast<int>(T), 1e3 * s,
               1e3 * *std::min_element(seconds.begin(), seconds.end()), rate, rate * flops * 1e-12, rate * flops / 989e10, static_cast<double>(memory_in_use()) / (1 << 30),
-              static_cast<double>(trainer.bytes()) / (1 << 30));
+              static_cast<double>(trainer.bytes()) / (1 << 30), most_of(dev), static_cast<double>(plan.total() - plan.scratch) / (1 << 30), static_cast<double>(plan.total()) / (1 << 30));
 }
 
 /// One operation: milliseconds, times in a step, FLOPs and bytes.

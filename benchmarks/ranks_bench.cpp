@@ -72,11 +72,15 @@ void run(Options& o) {
       if (o.ranks.first()) std::printf("step %d  loss %.7f  norm %.7f  %.1f ms\n", i + 1, static_cast<double>(loss), static_cast<double>(trainer.report().gradient_norm), 1e3 * s);
     }
     if (!o.ranks.first() || seconds.empty()) return;
+    const tl::index_t rows = (o.rows + o.ranks.size() - 1) / o.ranks.size();
+    const tl::TrainingPlan plan = tl::training_plan<D>(c, {.batch = how.micro_rows > 0 ? std::min(rows, how.micro_rows) : rows, .tokens = o.tokens, .checkpointing = how.checkpointing,
+                                                           .precision = trainer.options().precision, .sharding = o.ranks.sharding(), .ranks = o.ranks.size()});
     std::sort(seconds.begin(), seconds.end());
     const double s = seconds[seconds.size() / 2], gib = static_cast<double>(trainer.bytes()) / (1 << 30);
-    std::printf("%s %d ranks %s, %d rows of %d: %.1f ms a step (best %.1f), %.0f tokens/s, %.2f GiB of a rank%s\n", o.preset.c_str(), o.ranks.size(),
+    std::printf("%s %d ranks %s, %d rows of %d: %.1f ms a step (best %.1f), %.0f tokens/s, %.2f GiB of a rank%s, planned %.2f with scratch\n", o.preset.c_str(), o.ranks.size(),
                 o.ranks.size() > 1 ? o.ranks.parallel().c_str() : "alone", static_cast<int>(o.rows), static_cast<int>(o.tokens), 1e3 * s, 1e3 * seconds.front(),
-                static_cast<double>(o.rows * o.tokens) / s, gib, of_the_card(dev).c_str());
+                static_cast<double>(o.rows * o.tokens) / s, gib, of_the_card(dev).c_str(),
+                static_cast<double>(plan.total()) / (1 << 30));
   });
 }
 

@@ -221,7 +221,7 @@ void pretrain(Options& o) {
     if (!shows) return;
     const auto newest = tl::latest_checkpoint(how.folder);
     const std::int64_t micro = learning.micro_rows > 0 ? learning.micro_rows : (o.batch + o.ranks.size() - 1) / o.ranks.size();
-    const tl::TrainingPlan plan = tl::training_plan(config, {.batch = micro, .tokens = T, .checkpointing = learning.checkpointing,
+    const tl::TrainingPlan plan = tl::training_plan<D>(config, {.batch = micro, .tokens = T, .checkpointing = learning.checkpointing,
                                                              .precision = trainer.options().precision, .threads = example::threads_of(dev), .sharding = o.ranks.sharding(),
                                                              .ranks = o.ranks.size()});
     summary.update({{"checkpoint", newest ? newest->string() : ""}, {"resumed", resumed}, {"parameters", tl::parameter_count(config)},

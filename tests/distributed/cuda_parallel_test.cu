@@ -169,7 +169,7 @@ TEST_CASE_TEMPLATE("cuda parallel: adapters too", D, CudaF32, Cuda) {
   check_all<D, small>(options);
 }
 
-TEST_CASE("cuda parallel: a rank has the memory of its shards") {
+TEST_CASE("cuda parallel: a rank has the memory of its shards, that of the plan") {
   if (no_card()) return;
   const Batch batch(2);
   const auto bytes = [&](Sharding sharding) {
@@ -181,6 +181,8 @@ TEST_CASE("cuda parallel: a rank has the memory of its shards") {
       Trainer<wide, Cuda> t(dev, how(), {}, &peers);
       const auto [inputs, targets] = batch.share(m.rank(), 2);
       t.step(inputs, targets);
+      const TrainingPlan plan = training_plan<wide, Cuda>({.batch = 1, .tokens = T, .sharding = sharding, .ranks = 2});
+      if (t.bytes() != plan.total() - plan.scratch) throw Error("bytes", "", std::to_string(plan.total() - plan.scratch), std::to_string(t.bytes()));
       if (m.rank() == 0) n = t.bytes();
     });
     return static_cast<double>(n) / static_cast<double>(parameter_count(wide{}));

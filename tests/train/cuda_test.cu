@@ -391,6 +391,38 @@ TEST_CASE("cuda training: micro-batches and chunks of logits sum up to the batch
   CHECK(relative_error(two_steps<tl::CudaF32, golden_gqa>(options), expected) < 1e-6);
 }
 
+TEST_CASE_TEMPLATE("cuda training: the plan's memory", D, tl::CudaF32, tl::Cuda) {
+  if (no_card()) return;
+  const Golden<golden_gqa> g;
+  for (const tl::Checkpointing how : {tl::Checkpointing::none, tl::Checkpointing::selective, tl::Checkpointing::layer}) {
+    D dev;
+    tl::TrainerOptions options = as_golden();
+    options.checkpointing = how;
+    tl::Trainer<golden_gqa, D> t(dev, g.file, options);
+    t.step(g.inputs, g.targets);
+    const auto plan = tl::training_plan<golden_gqa, D>({.batch = 2, .tokens = T, .checkpointing = how, .logits_rows = 40});
+    CHECK(t.bytes() == plan.total() - plan.scratch);
+  }
+}
+
+TEST_CASE("cuda training: what the device gives out is planned within 3%") {
+  if (no_card()) return;
+  using C = tl::tinyllama_120m;
+  for (const tl::Precision precision : {tl::Precision::bf16, tl::Precision::fp8}) {
+    tl::Cuda dev;
+    if (precision == tl::Precision::fp8 && dev.capability() < 90) continue;
+    tl::Trainer<C, tl::Cuda> t(dev, {.precision = precision, .tokens = 1024});
+    std::vector<std::int32_t> ids(8 * 1024);
+    for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<std::int32_t>(tl::random_bits(1, i) % C::vocab);
+    for (int i = 0; i < 2; ++i) t.step(ids, ids);
+    std::uint64_t most = 0;
+    REQUIRE(cudaMemPoolGetAttribute(dev.pool(), cudaMemPoolAttrUsedMemHigh, &most) == cudaSuccess);
+    const auto plan = tl::training_plan<C, tl::Cuda>({.batch = 8, .tokens = 1024, .precision = precision});
+    CAPTURE(most); CAPTURE(plan.total());
+    CHECK(std::fabs(static_cast<double>(most) / static_cast<double>(plan.total()) - 1) < 0.03);
+  }
+}
+
 TEST_CASE("cuda training: adapters learn as on the CPU, with dropout") {
   if (no_card()) return;
   const Golden<golden_gqa> g;

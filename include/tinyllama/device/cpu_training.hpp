@@ -7,6 +7,7 @@
 #include <string>
 #include <string_view>
 
+#include "tinyllama/config/parameters.hpp"
 #include "tinyllama/device/cpu.hpp"
 #include "tinyllama/kernels/cpu/training_kernels.hpp"
 
@@ -259,6 +260,24 @@ inline void round_to(Cpu&, float*, const float*, index_t) {}
 
 /// Rows of logits that are there at a time: 64 MB of TinyLlama's.
 constexpr index_t default_logits_rows(const Cpu*) { return 512; }
+
+/// What the memory of a training pass depends on, beside the model.
+struct TrainingWork {
+  index_t rows = 0, tokens = 0, logits_rows = 0;  // of a micro-batch; of a sequence; at a time
+  int threads = 1;
+  bool bf16 = true, fp8 = false;                  // products
+};
+/// Bytes that a pass takes beside its activations.
+template <Config C>
+constexpr std::size_t training_scratch(const Cpu*, const C& c, const TrainingWork& w) {
+  const index_t d = c.hidden, f = c.ffn, qkv = d + 2 * static_cast<index_t>(c.kv_heads) * head_dim(c), V = c.vocab;
+  std::size_t most = static_cast<std::size_t>(w.threads) * detail::whole_lines(flash_scratch(w.tokens, head_dim(c), true));
+  const auto product = [&](index_t m, index_t k) { most = std::max(most, gemm_scratch(m, k, w.bf16)); };
+  for (const index_t k : {d, f, qkv, 2 * f}) product(w.rows, k);  // forward, and the gradients of inputs
+  for (const index_t m : {qkv, d, 2 * f}) product(m, w.rows);     // of weights
+  product(w.logits_rows, V), product(V, w.logits_rows);
+  return most;
+}
 
 /// Bytes of the host to the device.
 inline void send(const Cpu& dev, void* to, const void* from, std::size_t bytes) { dev.upload(to, from, bytes); }

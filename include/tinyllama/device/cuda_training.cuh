@@ -126,6 +126,19 @@ using MatrixOf = std::type_identity_t<View<T, dyn, dyn>>;  // to be converted to
 /// 8192 rows of TinyLlama's logits are 524 MB in bf16: enough rows for products at full speed, an eighth of them all at 65,536 tokens.
 template <class A>
 constexpr index_t default_logits_rows(const CudaDevice<A>*) { return 8192; }
+/// cuBLASLt's workspace, or what cuDNN's gradient of attention takes: dQ in f32, dK and dV of each head before heads that share them are added, and a number for
+/// each row and head. Operands in 8-bit floats: weights in rows and transposed, inputs, gradients both ways.
+template <class A, Config C>
+constexpr std::size_t training_scratch(const CudaDevice<A>*, const C& c, const TrainingWork& w) {
+  const auto rows = static_cast<std::size_t>(w.rows), heads = static_cast<std::size_t>(c.heads), ffn = static_cast<std::size_t>(c.ffn);
+  std::size_t bytes = CudaDevice<A>::blas_workspace;
+  if (sizeof(A) == 2) bytes = std::max(bytes, rows * heads * (static_cast<std::size_t>(head_dim(c)) * 8 + 4));
+  if (w.fp8) {
+    for_each_parameter(c, [&](const Parameter& p) { bytes += p.layer >= 0 && p.role != Role::gain ? 2 * static_cast<std::size_t>(p.size()) : 0; });
+    bytes += rows * ffn * 5;
+  }
+  return bytes;
+}
 template <class A>
 constexpr index_t flash_backward_floats(const CudaDevice<A>*, index_t T, const HeadShape& shape) { return T * shape.heads; }
 

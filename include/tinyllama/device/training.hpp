@@ -31,6 +31,7 @@ concept TrainingDevice = Device<D> && requires(D& dev, View<typename D::activati
   dropout(dev, out, in, 0.1f, std::uint64_t{});                                       // [T, n]
   send(dev, vector, values, std::size_t{});                                           // bytes of the host's memory, which may go when it returns, without waiting
   { default_logits_rows(static_cast<const D*>(nullptr)) } -> std::same_as<index_t>;   // rows of logits at a time
+  { training_scratch(static_cast<const D*>(nullptr), any_llama{}, TrainingWork{}) } -> std::same_as<std::size_t>;  // bytes that a pass takes beside its activations
 };
 
 }  // namespace tinyllama

@@ -1,7 +1,8 @@
-// Bytes that training needs, as constants: weights, gradients, moments, activations, scratch.
+// Bytes that training needs, as constants: weights, gradients, moments, activations, scratch, on the CPU or a card.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "tinyllama/model/training_activations.hpp"
 #include "tinyllama/train/partition.hpp"
@@ -18,37 +19,40 @@ struct TrainingPlanOptions {
   index_t tokens = 2048;          ///< of each
   Checkpointing checkpointing = Checkpointing::selective;
   Precision precision = Precision::bf16;
-  index_t logits_rows = 512;
-  int threads = 1;                ///< each has scratch of its own
+  index_t logits_rows = 0;        ///< 0: the device's choice
+  int threads = 1;                ///< each has scratch of its own, on the CPU
   Sharding sharding = Sharding::none;
   int ranks = 1;                  ///< the plan is that of one of them
 };
 
-/// In bytes.
+/// In bytes. `weights`: in f32, and as products read them where that is another array. On a card CUDA's own memory (some 0.5 GB) and NCCL's (1.5 GB) come on top.
 struct TrainingPlan {
   std::size_t weights = 0, gradients = 0, moments = 0, activations = 0, scratch = 0, communication = 0;
   constexpr std::size_t total() const { return weights + gradients + moments + activations + scratch + communication; }
 };
 
-/// The plan of training all weights.
-template <Config C>
+/// The plan of training all weights on a device of type D.
+template <TrainingDevice D = Cpu, Config C>
 constexpr TrainingPlan training_plan(const C& c, const TrainingPlanOptions& o) {
+  using A = typename D::activation;
+  constexpr bool rounds = !std::is_same_v<A, float>;
+  constexpr auto device = static_cast<const D*>(nullptr);
   const PartitionSizes cut = partition_sizes(c, o.ranks);
-  const auto bytes = [](index_t floats) { return static_cast<std::size_t>(floats) * sizeof(float); };
-  const bool zero1 = o.sharding == Sharding::zero1, fsdp = o.sharding == Sharding::fsdp;
-  const std::size_t n = fsdp ? bytes(cut.own) : bytes(parameter_count(c)), moments = zero1 || fsdp ? bytes(cut.own) : n;
-  const index_t T = o.batch * o.tokens, R = std::min(T, o.logits_rows), d = c.hidden, f = 2 * index_t{c.ffn}, qkv = d + 2 * static_cast<index_t>(c.kv_heads) * head_dim(c);
-  TrainingPlan plan{n, n, 2 * moments, training_buffer_bytes<Cpu>(c, {T, R, o.checkpointing}), 0, 0};
-  if (zero1) plan.communication = bytes(cut.own);
-  if (fsdp) plan.communication = static_cast<std::size_t>(fsdp_buffers(c.tied)) * bytes(2 * cut.largest_part + cut.largest_shard);
-  const auto product = [&](index_t m, index_t k) { plan.scratch = std::max(plan.scratch, gemm_scratch(m, k, o.precision == Precision::bf16)); };
-  for (const index_t k : {d, f / 2, qkv, f}) product(T, k);           // forward, and the gradients of inputs
-  for (const index_t m : {qkv, d, f}) product(m, T);                  // of weights
-  product(R, index_t{c.vocab}), product(index_t{c.vocab}, R);
-  plan.scratch = std::max(plan.scratch, static_cast<std::size_t>(o.threads) * detail::whole_lines(flash_scratch(o.tokens, head_dim(c), true)));
+  const auto bytes = [](index_t n, std::size_t each = sizeof(float)) { return static_cast<std::size_t>(n) * each; };
+  const bool zero1 = o.sharding == Sharding::zero1, fsdp = o.sharding == Sharding::fsdp, shards_values = fsdp || (zero1 && rounds);
+  const index_t n = parameter_count(c), own = cut.own, T = o.batch * o.tokens, R = std::min(T, o.logits_rows > 0 ? o.logits_rows : default_logits_rows(device));
+  TrainingPlan plan;
+  plan.weights = bytes(shards_values ? own : n);
+  if (rounds) plan.weights += (fsdp ? 0 : bytes(n, sizeof(A))) + (shards_values ? bytes(own, sizeof(A)) + bytes((2 * index_t{c.layers} + 1) * c.hidden) : 0);
+  plan.gradients = bytes(fsdp ? own : n);
+  plan.moments = 2 * bytes(zero1 || fsdp ? own : n);
+  plan.activations = training_buffer_bytes<D>(c, {T, R, o.checkpointing});
+  plan.scratch = training_scratch(device, c, {T, o.tokens, R, o.threads, o.precision == Precision::bf16, o.precision == Precision::fp8});
+  if (zero1) plan.communication = bytes(own);
+  if (fsdp) plan.communication = static_cast<std::size_t>(fsdp_buffers(c.tied)) * (bytes(cut.largest_part, sizeof(A) + sizeof(float)) + bytes(cut.largest_shard));
   return plan;
 }
-template <StaticConfig C>
-constexpr TrainingPlan training_plan(const TrainingPlanOptions& o = {}) { return training_plan(C{}, o); }
+template <StaticConfig C, TrainingDevice D = Cpu>
+constexpr TrainingPlan training_plan(const TrainingPlanOptions& o = {}) { return training_plan<D>(C{}, o); }
 
 }  // namespace tinyllama
