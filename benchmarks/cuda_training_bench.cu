@@ -1,6 +1,6 @@
 // Training of TinyLlama-1.1B on a card: tokens a second of whole steps, and each operation of a step by itself beside its limit.
 //
-//   cuda_training_bench [batch [tokens [steps [checkpointing: none, selective, layer [precision: bf16, fp8; then no parts]]]]]
+//   cuda_training_bench [batch [tokens [steps [checkpointing: none, selective, layer [precision: bf16, fp8; then no parts [launches: plain, a kernel at a time]]]]]]
 #include <tinyllama/cuda_training.hpp>
 
 #include <algorithm>
@@ -54,6 +54,7 @@ void steps(tl::Cuda& dev, tl::index_t B, tl::index_t T, int count, tl::Checkpoin
   }
   const double s = median(seconds), rate = static_cast<double>(B * T) / s;
   const tl::TrainingPlan plan = tl::training_plan<C, tl::Cuda>({.batch = B, .tokens = T, .checkpointing = how, .precision = trainer.options().precision});
+  std::printf("graphs launched: %d\n", tl::training_of(dev).repeated);
   C seen;
   const double flops = 6.0 * static_cast<double>(tl::matmul_parameter_count(seen)) + 12.0 * C::layers * C::hidden * static_cast<double>(T);
   std::printf("B=%d T=%d  %.1f ms a step (best %.1f)  %.0f tokens/s  %.1f TFLOP/s = %.1f%% of 989  %.1f GiB in use, %.2f GiB the trainer's, %.2f of the device at most, planned %.2f and %.2f\n", static_cast<int>(B), static_cast<int>(T), 1e3 * s,
@@ -171,6 +172,7 @@ int main(int argc, char** argv) {
   const std::string how = argc > 4 ? argv[4] : "selective";
   try {
     tl::Cuda dev;
+    tl::training_of(dev).records = !(argc > 6 && std::string(argv[6]) == "plain");
     const bool cudnn = tl::training_of(dev).uses_cudnn(B, T, {C::heads, C::kv_heads, 64});
     std::printf("%s  attention: %s\n", dev.name().c_str(), cudnn ? "cuDNN" : tl::training_of(dev).cudnn_failure().c_str());
     steps(dev, B, T, number(3, 8), how == "none" ? tl::Checkpointing::none : how == "layer" ? tl::Checkpointing::layer : tl::Checkpointing::selective, argc > 5 && std::string(argv[5]) == "fp8");

@@ -492,6 +492,115 @@ TEST_CASE("cuda training: 200 steps in fp8 stay within 1% of the curve") {
   CHECK(difference < 1e-2);
 }
 
+namespace {
+/// What ten steps leave in which nothing stays as it was: ids, learning rate, a gradient that is not finite, rows that do not count, weights put there, another shape, and other sequences
+/// evaluated in between.
+struct Traces {
+  Floats reports, weights, first, second;
+  std::vector<bool> skipped;
+  int repeated;
+};
+template <class D>
+Traces changing_steps(bool records, tl::Precision precision) {
+  const Golden<golden_gqa> g;
+  D dev;
+  tl::training_of(dev).plain_attention = true;  // cuDNN's sums have no fixed order
+  tl::training_of(dev).records = records;
+  const tl::Schedule schedule{.decay = tl::Decay::cosine, .peak = 1e-3, .minimum = 1e-4, .warmup = 4, .steps = 12};
+  tl::TrainerOptions options = as_golden();
+  options.schedule = tl::StagedSchedule{schedule}, options.precision = precision, options.micro_rows = 1;
+  tl::Trainer<golden_gqa, D> t(dev, g.file, options);
+  const auto half = static_cast<std::size_t>(T);
+  REQUIRE(g.inputs.size() == 2 * half);
+  Traces seen;
+  for (int step = 0; step < 10; ++step) {
+    std::vector<std::int32_t> inputs = g.inputs, targets = g.targets;
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      inputs[i] = (inputs[i] * (step + 1) + step) % golden_gqa::vocab;
+      if (targets[i] >= 0) targets[i] = (targets[i] * (step + 1) + step) % golden_gqa::vocab;
+    }
+    const auto part = [&](const std::vector<std::int32_t>& v, std::size_t i) { return std::span<const std::int32_t>(v).subspan(i * half, half); };
+    if (step == 3) {
+      t.begin_step();
+      t.accumulate(part(inputs, 0), part(targets, 0), std::numeric_limits<float>::infinity());
+      t.accumulate(part(inputs, 1), part(targets, 1), 1e-2f);
+      t.end_step(1);
+    } else if (step == 8) {
+      t.begin_step();
+      t.accumulate(inputs, targets, 1e-2f);
+      t.end_step(1);
+    } else {
+      if (step == 5) std::fill(targets.begin(), targets.begin() + 40, -100);  // the first rows of logits
+      if (step == 6) {
+        Floats weights = t.host(t.weights()).own;
+        for (float& w : weights) w *= 8.0f;
+        t.put(t.weights(), weights);
+      }
+      t.step(inputs, targets);
+    }
+    seen.skipped.push_back(t.report().skipped);
+    seen.reports.insert(seen.reports.end(), {t.report().loss, t.report().gradient_norm, t.report().lr});
+    const std::array<tl::Sequence, 2> others{tl::Sequence{0, 20, 0, nullptr}, tl::Sequence{20, T - 20, 7, nullptr}};
+    if (step != 1)
+      for (const float l : t.losses(part(inputs, 0), part(targets, 1), others)) seen.reports.push_back(l);
+  }
+  seen.weights = t.host(t.weights()).own, seen.first = t.host(t.first_moment()).own, seen.second = t.host(t.second_moment()).own;
+  seen.repeated = tl::training_of(dev).repeated;
+  return seen;
+}
+bool same_bits(const Floats& a, const Floats& b) { return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0; }
+
+std::array<std::uint64_t, 3> memory_of(const tl::Cuda& dev) {
+  std::array<std::uint64_t, 3> m{};
+  std::size_t total = 0, free = 0;
+  cudaMemPoolGetAttribute(dev.pool(), cudaMemPoolAttrUsedMemCurrent, &m[0]), cudaMemPoolGetAttribute(dev.pool(), cudaMemPoolAttrReservedMemCurrent, &m[1]);
+  cudaMemGetInfo(&free, &total);
+  m[2] = free;
+  return m;
+}
+}  // namespace
+
+TEST_CASE("cuda training: steps repeated as graphs have the bits of steps launched kernel by kernel") {
+  if (no_card()) return;
+  const auto check = [](int repeated, const Traces& a, const Traces& b) {
+    CHECK(same_bits(a.reports, b.reports));
+    CHECK(same_bits(a.weights, b.weights));
+    CHECK(same_bits(a.first, b.first));
+    CHECK(same_bits(a.second, b.second));
+    CHECK(a.skipped == b.skipped);
+    CHECK(a.skipped == std::vector<bool>{false, false, false, true, false, false, false, false, false, false});
+    CHECK(a.repeated == repeated);
+    CHECK(b.repeated == 0);
+  };
+  // Two micro-batches in steps 1 to 4, 6 and 7, one in step 5; all are new in steps 0, 8 and 9 (another shape), and in step 6 where the weights put there were rounded.
+  SUBCASE("f32") { check(13, changing_steps<tl::CudaF32>(true, tl::Precision::f32), changing_steps<tl::CudaF32>(false, tl::Precision::f32)); }
+  SUBCASE("bf16") { check(11, changing_steps<tl::Cuda>(true, tl::Precision::bf16), changing_steps<tl::Cuda>(false, tl::Precision::bf16)); }
+  SUBCASE("fp8") {
+    if (!no_fp8()) check(11, changing_steps<tl::Cuda>(true, tl::Precision::fp8), changing_steps<tl::Cuda>(false, tl::Precision::fp8));
+  }
+}
+
+TEST_CASE("cuda training: no step allocates from the second on, and each from there is a graph") {
+  if (no_card()) return;
+  const Golden<golden_gqa> g;
+  for (const tl::Precision precision : {tl::Precision::bf16, tl::Precision::fp8}) {
+    if (precision == tl::Precision::fp8 && no_fp8()) continue;
+    tl::Cuda dev;
+    tl::TrainerOptions options = as_golden();
+    options.precision = precision;
+    tl::Trainer<golden_gqa, tl::Cuda> t(dev, g.file, options);
+    t.step(g.inputs, g.targets);
+    const auto first = memory_of(dev);
+    t.step(g.inputs, g.targets);
+    const auto second = memory_of(dev);  // the graph is the driver's, beside the pool
+    CHECK(first[0] == second[0]);
+    CHECK(first[1] == second[1]);
+    for (int i = 0; i < 4; ++i) t.step(g.inputs, g.targets);
+    CHECK(memory_of(dev) == second);
+    CHECK(tl::training_of(dev).repeated == 5);
+  }
+}
+
 // e4m3 rounds to 2^-4 at most, e5m2 to 2^-3: 2.6% and 5.1% as root mean squares, of both operands.
 TEST_CASE("cuda training: products in 8-bit floats") {
   if (no_card() || no_fp8()) return;

@@ -248,6 +248,8 @@ inline void adamw(Cpu& dev, const AdamwTask& task) {
 /// The same on the ranges that make up the flat arrays of `task`, of which task.decay is where a range decays. Products read the weights themselves.
 inline void adamw(Cpu& dev, const AdamwTask& task, std::span<const AdamwRange> ranges, float*) {
   AdamwTask t = task;
+  if (t.scale_at) t.scale = *t.scale_at;
+  if (std::isnan(t.scale)) return;
   for (const AdamwRange& r : ranges) {
     t.n = r.n, t.decay = r.decays ? task.decay : 0.0f;
     adamw(dev, t);
@@ -294,6 +296,24 @@ inline double sum_of_squares(Cpu& dev, const float* x, index_t n) {
   double total = 0;
   for (index_t i = 0; i < stretches; ++i) total += sums[i];
   return total;
+}
+
+/// sums.loss += sum_i weights_i x_i
+inline void add_loss(Cpu&, StepSums* sums, const float* x, const float* weights, index_t n) {
+  for (index_t i = 0; i < n; ++i) sums->loss += static_cast<double>(x[i]) * weights[i];
+}
+
+/// The factor that clips a gradient's norm to `most` (0: to any); NaN for one that is not finite.
+inline float clip_scale(float norm, float most) {
+  if (!std::isfinite(norm)) return std::numeric_limits<float>::quiet_NaN();
+  return most > 0 ? std::min(1.0f, most / (norm + 1e-6f)) : 1.0f;
+}
+
+/// All of *sums but the loss, for the gradient x.
+inline void clip(Cpu& dev, StepSums* sums, const float* x, index_t n, float most) {
+  sums->squares = sum_of_squares(dev, x, n);
+  sums->norm = static_cast<float>(std::sqrt(sums->squares));
+  sums->scale = clip_scale(sums->norm, most);
 }
 
 /// x [T, n] *= by

@@ -123,6 +123,8 @@ class CudaDevice {
     return scratch_;
   }
   void reserve_scratch(std::size_t bytes) { scratch(bytes); }
+  /// What batch() gave last.
+  const Batch& last_batch() const { return last_; }
 
   static constexpr std::size_t blas_workspace = std::size_t{32} << 20;  // what NVIDIA recommends for Hopper
   /// A matrix in another format than the activations' becomes one of theirs in scratch before a product of many rows, so many bytes at a time: they stay in

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "tinyllama/device/cuda.cuh"
+#include "tinyllama/device/cuda_recording.cuh"
 #include "tinyllama/device/training.hpp"
 #include "tinyllama/kernels/cuda/cudnn_attention.hpp"
 
@@ -45,6 +46,8 @@ class CudaTraining {
   void adamw(const AdamwTask& task, std::span<const AdamwRange> ranges, A* rounded);
   void round_to(A* to, const float* from, index_t n);
   double sum_of_squares(const float* x, index_t n);
+  void add_loss(StepSums* sums, const float* losses, const float* weights, index_t n);
+  void clip(StepSums* sums, const float* x, index_t n, float most);
   void fill(float* x, index_t n, float value);
   void scale(M<A> x, float by);
   void scale(M<float> x, float by)
@@ -58,6 +61,26 @@ class CudaTraining {
   const std::string& cudnn_failure() const { return cudnn_failure_; }
   /// Attention by the plain kernels, as where there is no cuDNN: for tests.
   bool plain_attention = false;
+
+  // ---- for Recording (device/cuda_recording.cuh)
+
+  /// A step's work is recorded and repeated as graphs; false: each kernel is launched each time.
+  bool records = true;
+  int repeated = 0;  ///< how often a graph was launched
+  /// The arrays of the device's own that work with `batch` is given; with another of them a graph is no longer right.
+  using Places = std::array<std::uintptr_t, 9>;
+  Places places();
+  /// What the host does for work with `batch` before it, recorded or not.
+  void expect(std::span<const Sequence> batch);
+  /// Their copies in 8 bits are made anew where they are next read.
+  void expect_new_weights() { ++weights_version_; }
+  /// While it is recorded: matrices whose weights it quantises are noted in `to`, until null.
+  void note(std::vector<std::uint64_t*>* to) { noted_ = to; }
+  /// The versions of their weights in 8 bits, once it has been repeated.
+  void repeat(std::span<std::uint64_t* const> noted) {
+    for (std::uint64_t* version : noted) *version = weights_version_;
+    ++repeated;
+  }
 
  private:
   template <class Y>
@@ -86,6 +109,8 @@ class CudaTraining {
   std::uint8_t* dy_transposed_ = nullptr;  // of the last dx
   index_t dy_tokens_ = 0;
   std::uint64_t weights_version_ = 1;
+  std::uint64_t weights_put_ = 0;          // how often weights came from elsewhere than AdamW
+  std::vector<std::uint64_t*>* noted_ = nullptr;
   /// On the card, uploaded where it is another than the last.
   const cuda::BatchSequence* sequences(std::span<const Sequence> batch, int& most_tokens);
 
@@ -183,6 +208,10 @@ template <class A>
 void round_to(CudaDevice<A>& dev, A* to, const float* from, index_t n) { training_of(dev).round_to(to, from, n); }
 template <class A>
 double sum_of_squares(CudaDevice<A>& dev, const float* x, index_t n) { return training_of(dev).sum_of_squares(x, n); }
+template <class A>
+void add_loss(CudaDevice<A>& dev, StepSums* sums, const float* losses, const float* weights, index_t n) { training_of(dev).add_loss(sums, losses, weights, n); }
+template <class A>
+void clip(CudaDevice<A>& dev, StepSums* sums, const float* x, index_t n, float most) { training_of(dev).clip(sums, x, n, most); }
 template <class A>
 void fill(CudaDevice<A>& dev, float* x, index_t n, float value) { training_of(dev).fill(x, n, value); }
 template <class A>

@@ -142,6 +142,7 @@ typename CudaTraining<A>::Fp8Matrix& CudaTraining<A>::fp8(M<const A> w) {
     bool known = m.version != 0;  // weights move little in a step
     quantise(w, false, rows, rows + w.size(), m.scale, known);
     m.version = weights_version_;
+    if (noted_) noted_->push_back(&m.version);
   }
   return m;
 }
@@ -329,7 +330,7 @@ template <class A>
 void CudaTraining<A>::round_to(A* to, const float* from, index_t n) {
   const cuda::Current here(dev_->card());
   // Other weights, maybe of another model at the same address: nothing is known of what they meet.
-  ++weights_version_;
+  ++weights_version_, ++weights_put_;
   for (auto m = fp8_.lower_bound(to); m != fp8_.end() && m->first < to + n; ++m) m->second.version = 0, m->second.x_known = m->second.dy_known = false;
   if (static_cast<const void*>(to) != from) cuda::round_to(dev_->stream(), to, from, n);
 }
@@ -337,13 +338,41 @@ void CudaTraining<A>::round_to(A* to, const float* from, index_t n) {
 template <class A>
 double CudaTraining<A>::sum_of_squares(const float* x, index_t n) {
   const cuda::Current here(dev_->card());
-  auto* partial = reinterpret_cast<double*>(dev_->scratch(cuda::square_blocks * sizeof(double)));
+  StepSums sums;
+  auto* const on_card = reinterpret_cast<StepSums*>(dev_->scratch(sizeof sums + cuda::square_blocks * sizeof(double)));
+  auto* const partial = reinterpret_cast<double*>(on_card + 1);
   cuda::sum_of_squares(dev_->stream(), partial, x, n);
-  std::array<double, cuda::square_blocks> sums;
-  dev_->download(sums.data(), partial, sizeof sums);
-  double total = 0;
-  for (const double s : sums) total += s;
-  return total;
+  cuda::clip(dev_->stream(), on_card, partial, 0);
+  dev_->download(&sums, on_card, sizeof sums);
+  return sums.squares;
+}
+
+template <class A>
+void CudaTraining<A>::clip(StepSums* sums, const float* x, index_t n, float most) {
+  const cuda::Current here(dev_->card());
+  auto* const partial = reinterpret_cast<double*>(dev_->scratch(cuda::square_blocks * sizeof(double)));
+  cuda::sum_of_squares(dev_->stream(), partial, x, n);
+  cuda::clip(dev_->stream(), sums, partial, most);
+}
+
+template <class A>
+void CudaTraining<A>::add_loss(StepSums* sums, const float* losses, const float* weights, index_t n) {
+  const cuda::Current here(dev_->card());
+  cuda::add_loss(dev_->stream(), sums, losses, weights, n);
+}
+
+template <class A>
+typename CudaTraining<A>::Places CudaTraining<A>::places() {
+  const auto address = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p); };
+  const auto of = [&](const std::unique_ptr<cuda::PoolMemory>& m) { return m ? address(m->data()) : 0; };
+  return {address(dev_->last_batch().ids), address(on_card_), address(dev_->scratch(0)), of(scales_), of(x_), of(dy_rows_), of(dy_columns_), weights_put_, plain_attention};
+}
+
+template <class A>
+void CudaTraining<A>::expect(std::span<const Sequence> batch) {
+  const cuda::Current here(dev_->card());
+  int most_tokens = 0;
+  sequences(batch, most_tokens);
 }
 
 template <class A>

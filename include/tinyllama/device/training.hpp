@@ -1,6 +1,9 @@
 // What training asks of a device beside the operations of Device: gradients as functions, and the concept that lists them.
 #pragma once
 
+#include <cstdint>
+#include <span>
+
 #include "tinyllama/device/cpu_training.hpp"
 #include "tinyllama/device/device.hpp"
 
@@ -11,7 +14,7 @@ namespace tinyllama {
 template <class D>
 concept TrainingDevice = Device<D> && requires(D& dev, View<typename D::activation, dyn, dyn> out, View<const typename D::activation, dyn, dyn> in, View<float, dyn, dyn> sums,
                                                View<const float, dyn, dyn> stream, typename D::activation* rounded, float* vector, const float* values,
-                                               std::span<const std::int32_t> ids, std::span<const Sequence> batch, const AdamwTask& adam, std::span<const AdamwRange> ranges) {
+                                               std::span<const std::int32_t> ids, std::span<const Sequence> batch, const AdamwTask& adam, std::span<const AdamwRange> ranges, StepSums* totals) {
   gemm(dev, out, in, in, GemmOptions{});                                              // [M, N] (+)= [M, K] [N, K]^T
   gemm(dev, sums, in, in, GemmOptions{});
   flash_attention(dev, out, sums, in, batch, HeadShape{}, GemmOptions{});             // [T, heads head_dim], lse (T heads floats, in the device's order) from qkv
@@ -21,7 +24,9 @@ concept TrainingDevice = Device<D> && requires(D& dev, View<typename D::activati
   swiglu_backward(dev, out, out, in, in, in, out);                                    // [T, ffn], and swiglu again
   cross_entropy(dev, out, in, ids, values, vector);                                   // losses [T], gradient [T, vocab]
   embedding_backward(dev, sums, ids, stream);                                         // [vocab, hidden] +=
-  adamw(dev, adam, ranges, rounded);
+  adamw(dev, adam, ranges, rounded);                                                  // nothing, where the scale is NaN
+  add_loss(dev, totals, values, values, index_t{});                                   // of losses and weights [n]: totals->loss +=
+  clip(dev, totals, values, index_t{}, 1.0f);                                         // of a gradient [n]: the rest of *totals
   round_to(dev, rounded, values, index_t{});                                          // [n]
   { sum_of_squares(dev, values, index_t{}) } -> std::same_as<double>;
   fill(dev, vector, index_t{}, 0.0f);
@@ -32,6 +37,18 @@ concept TrainingDevice = Device<D> && requires(D& dev, View<typename D::activati
   send(dev, vector, values, std::size_t{});                                           // bytes of the host's memory, which may go when it returns, without waiting
   { default_logits_rows(static_cast<const D*>(nullptr)) } -> std::same_as<index_t>;   // rows of logits at a time
   { training_scratch(static_cast<const D*>(nullptr), any_llama{}, TrainingWork{}) } -> std::same_as<std::size_t>;  // bytes that a pass takes beside its activations
+};
+
+/// Work that comes again step by step. A device may record what it was asked for and repeat it as one thing (device/cuda_recording.cuh); others do it anew each
+/// time. `kind`: all that the work depends on beside numbers in the device's memory and where its arrays lie. `new_weights`: they may differ from those of the
+/// work before. What the host remembers of its own work is done outside of it.
+template <class D>
+class Recording {
+ public:
+  template <class F>
+  void run(D&, std::span<const std::uint64_t> /*kind*/, std::span<const Sequence>, bool /*new_weights*/, F&& work) { work(); }
+  /// The arrays go.
+  void clear() {}
 };
 
 }  // namespace tinyllama

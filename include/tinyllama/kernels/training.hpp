@@ -64,6 +64,15 @@ struct AdamwTask {
   float lr, beta1, beta2, eps, decay;
   float correction1, correction2;  // 1 - beta^step
   float scale;                     // clipping
+  const float* scale_at = nullptr;  // where it is known on the device only: its place there (StepSums::scale), instead of `scale`
+};
+
+/// What a step sums up, in the device's memory: the host need not see it before the step is done.
+struct StepSums {
+  double loss;     // weights times losses of all micro-batches
+  double squares;  // of the gradient's elements
+  float norm;      // sqrt(squares)
+  float scale;     // min(1, clip / norm), for AdamW; NaN where the norm is not finite: then nothing is updated
 };
 
 /// Neighbouring weights of the flat array that all decay, or all do not.

@@ -5,6 +5,8 @@
 // Attention is among the rows of a sequence; a batch is a list of sequences, so that samples packed into one row do not see each other.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <span>
@@ -65,9 +67,9 @@ class TrainingPass {
  public:
   explicit TrainingPass(D& dev) : dev_(&dev) {}
 
-  /// Takes memory for the shape, unless it has it.
-  void prepare(const C& c, const TrainingShape& shape) {
-    if (buffers_ && shape == shape_) return;
+  /// Takes memory for the shape, unless it has it. Whether arrays have moved.
+  bool prepare(const C& c, const TrainingShape& shape) {
+    if (buffers_ && shape == shape_) return false;
     if (const std::size_t bytes = training_buffer_bytes<D>(c, shape); !arena_ || bytes > arena_->capacity()) {
       buffers_.reset(), arena_.reset();
       arena_ = std::make_unique<Arena<D>>(*dev_, bytes);
@@ -78,6 +80,7 @@ class TrainingPass {
       blocks_.push_back(b), lse_.push_back(lse);
     }));
     shape_ = shape;
+    return true;
   }
   std::size_t bytes() const { return arena_ ? arena_->capacity() : 0; }
   const AdapterWork<A>& adapter_work() const { return buffers_->adapters; }
@@ -85,15 +88,36 @@ class TrainingPass {
   /// Whom the next passes tell of the parts; null: nobody.
   void hook(PassHooks* hooks) { hooks_ = hooks; }
 
-  /// ids [T] of all sequences through the model, up to the last norm.
-  void forward(const Weights& w, std::span<const std::int32_t> ids, std::span<const Sequence> batch) {
+  /// Sends to the device what the functions below work on: ids and targets [T] of all sequences; targets below 0 do not count. `weights` [T], for backward(): of the losses.
+  void load(const Weights& w, std::span<const std::int32_t> ids, std::span<const std::int32_t> targets, std::span<const Sequence> batch, std::span<const float> weights = {}) {
+    turn(w, batch);
+    sent_ = dev_->batch(ids, batch);
+    send(*dev_, buffers_->targets, targets.data(), targets.size_bytes());
+    if (!weights.empty()) send(*dev_, buffers_->weights, weights.data(), weights.size_bytes());
+    stretches_.clear();
+    for (std::size_t r = 0; r < targets.size(); r += static_cast<std::size_t>(shape_.logits_rows)) {
+      const auto stretch = targets.subspan(r, std::min(targets.size() - r, static_cast<std::size_t>(shape_.logits_rows)));
+      stretches_.push_back({static_cast<index_t>(r), static_cast<index_t>(r + stretch.size()), std::any_of(stretch.begin(), stretch.end(), [](std::int32_t t) { return t >= 0; })});
+    }
+  }
+  /// Adds to `kind` what the work of forward() and backward() depends on beside the numbers that were sent and where it has its memory.
+  void describe(std::vector<std::uint64_t>& kind, std::span<const Sequence> batch) const {
+    for (const Sequence& s : batch) kind.push_back(static_cast<std::uint64_t>(s.first_row)), kind.push_back(static_cast<std::uint64_t>(s.tokens));
+    for (const Stretch& s : stretches_) kind.push_back(s.counts);
+  }
+  /// Rows of what was sent, and on the device the loss of each, behind losses() or backward(), and its weight.
+  index_t rows() const { return stretches_.empty() ? 0 : stretches_.back().end; }
+  const float* device_losses() const { return buffers_->losses; }
+  const float* device_weights() const { return buffers_->weights; }
+
+  /// ids through the model, up to the last norm.
+  void forward(const Weights& w, std::span<const Sequence> batch) {
     const C& c = w.config;
     D& dev = *dev_;
     const int parts = static_cast<int>(blocks_.size()) + 2;
-    turn(w, batch);
     tell(&PassHooks::before_forward, 0);
     dev.embedding(blocks_.front().x, Matrix{format_of<A>, D::packed_embedding, w.embedding.rows, w.embedding.columns, reinterpret_cast<const std::byte*>(w.embedding.value)},
-                  dev.batch(ids, batch));
+                  *sent_);
     tell(&PassHooks::after_forward, 0);
     for (std::size_t l = 0; l < blocks_.size(); ++l) {
       const Block& a = blocks_[l];
@@ -108,26 +132,24 @@ class TrainingPass {
     half_sum<LearnedMatrix<A>>(dev, buffers_->final_normed, last.out, last.mid, last, w.final_norm, c.norm_eps);
   }
 
-  /// The loss of each row, [T]: targets below 0 do not count and have none. After forward(); valid until the next call.
-  std::span<const float> losses(const Weights& w, std::span<const std::int32_t> targets) {
-    head(w, targets, false);
+  /// The loss of each row, [T]: targets below 0 have none. After forward(); valid until the next call.
+  std::span<const float> losses(const Weights& w) {
+    head(w, false);
     tell(&PassHooks::after_forward, static_cast<int>(blocks_.size()) + 1);
-    return host_losses(targets.size());
+    return dev_->host(View<const float, dyn>(buffers_->losses, {rows()}), staging_).span();
   }
 
-  /// The same, and the gradient of sum_t weights_t loss_t by every weight that has a place for it: added to what is there where `accumulate`
-  /// is set in w's matrices, in the place of it where not (those of the gains and the embedding are always added). After forward().
-  std::span<const float> backward(const Weights& w, std::span<const std::int32_t> ids, std::span<const std::int32_t> targets,
-                                  std::span<const float> weights, std::span<const Sequence> batch) {
+  /// The same losses, on the device, and the gradient of sum_t weights_t loss_t by every weight that has a place for it, but the embedding: added to what is there
+  /// where `accumulate` is set in w's matrices, in the place of it where not (those of the gains are always added). After forward().
+  void backward(const Weights& w, std::span<const Sequence> batch) {
     const C& c = w.config;
     D& dev = *dev_;
     const TrainingBuffers<C, A>& b = *buffers_;
     const BlockGradients<C, A>& d = b.gradients;
-    send(dev, b.weights, weights.data(), weights.size_bytes());
     const int last = static_cast<int>(blocks_.size()) + 1;
     tell(&PassHooks::before_backward, last);
-    head(w, targets, true);
-    const auto T = static_cast<index_t>(ids.size());
+    head(w, true);
+    const index_t T = rows();
     fill(dev, d.x.data(), T * c.hidden, 0.0f);
     rmsnorm_backward(dev, d.x, d.rounded, d.normed, blocks_.back().out, w.final_norm, w.d_final_norm, c.norm_eps, d.rms, slice(b.final_normed, 0, 0));
     tell(&PassHooks::after_backward, last);
@@ -145,13 +167,20 @@ class TrainingPass {
       }, layer.d_attn_norm, layer.d_ffn_norm, shape_.checkpointing == Checkpointing::selective);
       tell(&PassHooks::after_backward, static_cast<int>(l) + 1);
     }
+  }
+  /// Behind backward(): the embedding's gradient, added. By itself, because the host sorts the ids for it, which it can do while the device is at the blocks.
+  void embedding_gradient(const Weights& w, std::span<const std::int32_t> ids) {
     tell(&PassHooks::before_backward, 0);
-    if (w.embedding.gradient) embedding_backward(dev, View<float, dyn, dyn>(w.embedding.gradient, {w.embedding.rows, w.embedding.columns}), ids, d.x);
+    if (w.embedding.gradient) embedding_backward(*dev_, View<float, dyn, dyn>(w.embedding.gradient, {w.embedding.rows, w.embedding.columns}), ids, buffers_->gradients.x);
     tell(&PassHooks::after_backward, 0);
-    return host_losses(targets.size());
   }
 
  private:
+  /// Rows [begin, end) whose logits are there at a time, and whether one of their targets counts.
+  struct Stretch {
+    index_t begin, end;
+    bool counts;
+  };
   void tell(void (PassHooks::*what)(int), int part) const {
     if (hooks_) (hooks_->*what)(part);
   }
@@ -163,22 +192,18 @@ class TrainingPass {
   }
 
   /// Logits a stretch of rows at a time, so that they are never there for all; with d[final_normed] and the head's gradient if `gradient`.
-  void head(const Weights& w, std::span<const std::int32_t> targets, bool gradient) {
+  void head(const Weights& w, bool gradient) {
     const TrainingBuffers<C, A>& b = *buffers_;
-    const auto T = static_cast<index_t>(targets.size());
     LearnedMatrix<A> matrix = w.head;
-    send(*dev_, b.targets, targets.data(), targets.size_bytes());
-    for (index_t r = 0; r < T; r += shape_.logits_rows) {
-      const index_t end = std::min(T, r + shape_.logits_rows);
-      const auto chunk = targets.subspan(static_cast<std::size_t>(r), static_cast<std::size_t>(end - r));
+    for (const auto& [r, end, counts] : stretches_) {
       const View<A, dyn, dyn> logits = slice(b.logits, 0, end - r), normed = slice(b.final_normed, r, end), d_normed = slice(View<A, dyn, dyn>(b.gradients.normed), r, end);
-      if (std::none_of(chunk.begin(), chunk.end(), [](std::int32_t t) { return t >= 0; })) {
+      if (!counts) {
         fill(*dev_, b.losses + r, end - r, 0.0f);
         if (gradient) dev_->zero(d_normed.data(), static_cast<std::size_t>(d_normed.size()) * sizeof(A));
         continue;
       }
       matmul(*dev_, logits, normed, matrix);
-      cross_entropy(*dev_, gradient ? logits : slice(logits, 0, 0), logits, std::span<const std::int32_t>(b.targets + r, chunk.size()), b.weights + r, b.losses + r);
+      cross_entropy(*dev_, gradient ? logits : slice(logits, 0, 0), logits, std::span<const std::int32_t>(b.targets + r, static_cast<std::size_t>(end - r)), b.weights + r, b.losses + r);
       if (!gradient) continue;
       matmul_backward_input(*dev_, d_normed, logits, matrix);
       matmul_backward_weight(*dev_, matrix, logits, normed);
@@ -198,10 +223,6 @@ class TrainingPass {
     sequences_.assign(batch.begin(), batch.end());
   }
 
-  std::span<const float> host_losses(std::size_t rows) {
-    return dev_->host(View<const float, dyn>(buffers_->losses, {static_cast<index_t>(rows)}), staging_).span();
-  }
-
   D* dev_;
   PassHooks* hooks_ = nullptr;
   TrainingShape shape_;
@@ -210,6 +231,8 @@ class TrainingPass {
   std::vector<Block> blocks_;
   std::vector<View<float, dyn, dyn>> lse_;
   std::vector<Sequence> sequences_;  // whose angles are there
+  std::optional<typename D::Batch> sent_;
+  std::vector<Stretch> stretches_;   // of the rows that were sent
   [[no_unique_address]] typename D::Staging staging_;  // losses that the host can read
 };
 

@@ -66,8 +66,9 @@ class Trainer {
   /// Begins a step: the next gradients replace those that are there. `passes`: how many accumulate() there will be on this rank; with peers the gradients then
   /// leave during the last of them, and with fsdp it must be known. Collective where it is given.
   void begin_step(std::int64_t passes = -1) {
-    fresh_ = true, loss_ = 0, micro_ = 0, accumulated_ = 0, passes_ = passes;
+    fresh_ = true, micro_ = 0, accumulated_ = 0, passes_ = passes;
     finished_ = false;
+    dev_->zero(sums(), sizeof(StepSums));
     if (!peers_) return;
     if (passes >= 0) passes_ = most(passes);
     peers_->begin_step();
@@ -97,11 +98,24 @@ class Trainer {
     if (!peers_) check_counted(counted(targets), inputs);
     if (sharding() == Sharding::fsdp && passes_ < 0) throw Error("trainer", "begin_step", "the number of passes, for fsdp", "none given");
     ++accumulated_;
-    start(inputs, batch, true);
-    if (std::exchange(fresh_, false) && sharding() != Sharding::fsdp) arrays_.clear_small();
-    const auto losses = pass_.backward(arrays_.learned(), inputs, targets, weights, batch);
-    for (std::size_t i = 0; i < losses.size(); ++i) loss_ += static_cast<double>(losses[i]) * weights[i];
-    if (sharding() != Sharding::fsdp) arrays_.learned().for_each_matrix([](LearnedMatrix<A>& m) { m.how.accumulate = true; });
+    start(inputs, targets, batch, weights, true);
+    auto& learned = arrays_.learned();
+    const bool first = std::exchange(fresh_, false);
+    const auto work = [&] {
+      pass_.forward(learned, batch);
+      if (first && sharding() != Sharding::fsdp) arrays_.clear_small();
+      pass_.backward(learned, batch);
+      add_loss(*dev_, sums(), pass_.device_losses(), pass_.device_weights(), pass_.rows());
+    };
+    if (peers_ || (options_.lora && options_.lora->dropout > 0)) {  // peers are told of each part as it comes, and dropout has other keys each time
+      work();
+    } else {
+      kind_.assign(1, first);
+      pass_.describe(kind_, batch);
+      recording_.run(*dev_, kind_, batch, first, work);
+    }
+    pass_.embedding_gradient(learned, inputs);
+    if (sharding() != Sharding::fsdp) learned.for_each_matrix([](LearnedMatrix<A>& m) { m.how.accumulate = true; });
   }
 
   /// The global 2-norm of the gradient. Collective.
@@ -116,20 +130,30 @@ class Trainer {
   /// AdamW on all weights with the gradient times `scale`. Collective.
   void update(float lr, float scale) {
     finish_passes();
-    const auto step = static_cast<float>(step_ + 1);
-    arrays_.update({nullptr, nullptr, nullptr, nullptr, 0, lr, options_.beta1, options_.beta2, options_.eps, options_.weight_decay,
-                    1.0f - std::pow(options_.beta1, step), 1.0f - std::pow(options_.beta2, step), scale});
+    arrays_.update(adamw_task(lr, scale));
     ++step_;
   }
 
   /// Clips, updates and reports; `count` is the number of targets that counted. Collective.
   float end_step(std::int64_t count) {
     finish_passes();
-    if (peers_) peers_->sum({&loss_, 1});
-    const float norm = gradient_norm(), lr = learning_rate();
-    report_ = {static_cast<float>(loss_), norm, lr, count, !std::isfinite(norm)};
-    if (report_.skipped) ++step_;
-    else update(lr, options_.clip > 0 ? std::min(1.0f, options_.clip / (norm + 1e-6f)) : 1.0f);
+    const float lr = learning_rate();
+    StepSums now{};
+    if (peers_) {  // the ranks' numbers meet on the host
+      dev_->download(&now, sums(), sizeof now);
+      peers_->sum({&now.loss, 1});
+      now.norm = gradient_norm(), now.scale = clip_scale(now.norm, options_.clip);
+      if (!std::isnan(now.scale)) arrays_.update(adamw_task(lr, now.scale));
+    } else {       // the device goes on by itself, and the host waits once
+      const std::span<const float> gradient = arrays_.own_gradients();
+      clip(*dev_, sums(), gradient.data(), static_cast<index_t>(gradient.size()), options_.clip);
+      AdamwTask task = adamw_task(lr, 0);
+      task.scale_at = &sums()->scale;
+      arrays_.update(task);
+      dev_->download(&now, sums(), sizeof now);
+    }
+    ++step_;
+    report_ = {static_cast<float>(now.loss), now.norm, lr, count, std::isnan(now.scale)};
     return report_.loss;
   }
 
@@ -143,8 +167,9 @@ class Trainer {
   std::span<const float> losses(std::span<const std::int32_t> inputs, std::span<const std::int32_t> targets, std::span<const Sequence> batch) {
     check_batch(inputs, targets);
     if (!peers_) check_counted(counted(targets), inputs);
-    start(inputs, batch, false);
-    return pass_.losses(arrays_.learned(), targets);
+    start(inputs, targets, batch, {}, false);
+    pass_.forward(arrays_.learned(), batch);
+    return pass_.losses(arrays_.learned());
   }
   /// Mean loss over the targets that count. Collective; a rank may have no rows.
   float evaluate(std::span<const std::int32_t> inputs, std::span<const std::int32_t> targets) {
@@ -248,7 +273,9 @@ class Trainer {
 
  private:
   Trainer(D& dev, const TrainerOptions& options, const C& config, Peers<D>* peers, int)
-      : dev_(&dev), options_(detail::checked<D>(options, config, peers ? peers->sharding() : Sharding::none)), config_(config), peers_(peers), arrays_(dev, config_, options_, peers), pass_(dev) {
+      : dev_(&dev), options_(detail::checked<D>(options, config, peers ? peers->sharding() : Sharding::none)), config_(config), peers_(peers), arrays_(dev, config_, options_, peers), pass_(dev),
+        sums_(dev, sizeof(StepSums)) {
+    dev_->zero(sums(), sizeof(StepSums));
     if (options_.lora) arrays_.put_learned(initial_adapters(config_, *options_.lora));
   }
 
@@ -274,11 +301,11 @@ class Trainer {
     }
   }
 
-  /// Forward pass of a micro-batch, with dropout while learning.
-  void start(std::span<const std::int32_t> inputs, std::span<const Sequence> batch, bool learning) {
+  /// All that comes before the passes of a micro-batch; with dropout while learning.
+  void start(std::span<const std::int32_t> inputs, std::span<const std::int32_t> targets, std::span<const Sequence> batch, std::span<const float> weights, bool learning) {
     const auto T = static_cast<index_t>(inputs.size());
     const LoraOptions lora = options_.lora.value_or(LoraOptions{.rank = 0});
-    pass_.prepare(config_, {T, std::min(T, options_.logits_rows), options_.checkpointing, lora.rank, lora.dropout > 0});
+    if (pass_.prepare(config_, {T, std::min(T, options_.logits_rows), options_.checkpointing, lora.rank, lora.dropout > 0})) recording_.clear();
     if (learning && fresh_) arrays_.learned().for_each_matrix([](LearnedMatrix<A>& m) { m.how.accumulate = false; });
     std::uint64_t place = 0;
     const std::uint64_t key = random_bits(options_.seed ^ 0x6472'6f70'6f75'7400u, static_cast<std::uint64_t>(step_) << 20 | dropout_place());
@@ -290,7 +317,14 @@ class Trainer {
       }
     });
     pass_.hook(peers_ ? peers_->begin_pass(learning, learning && accumulated_ == passes_, arrays_.place()) : nullptr);
-    pass_.forward(arrays_.learned(), inputs, batch);
+    pass_.load(arrays_.learned(), inputs, targets, batch, weights);
+  }
+  StepSums* sums() const { return reinterpret_cast<StepSums*>(sums_.data()); }
+  /// Of the next step.
+  AdamwTask adamw_task(float lr, float scale) const {
+    const auto step = static_cast<float>(step_ + 1);
+    return {nullptr, nullptr, nullptr, nullptr, 0, lr, options_.beta1, options_.beta2, options_.eps, options_.weight_decay,
+            1.0f - std::pow(options_.beta1, step), 1.0f - std::pow(options_.beta2, step), scale};
   }
   /// Of the micro-batch within the step's, over all ranks.
   std::uint64_t dropout_place() {
@@ -365,8 +399,10 @@ class Trainer {
   std::optional<Cpu> host_threads_;
   std::vector<Sequence> sequences_;
   std::vector<float> row_weights_;
+  Memory<D> sums_;                    // StepSums
+  [[no_unique_address]] Recording<D> recording_;
+  std::vector<std::uint64_t> kind_;   // of a micro-batch's work
   bool fresh_ = true;  // no micro-batch of this step yet
-  double loss_ = 0;
   std::int64_t step_ = 0, micro_ = 0;
   std::int64_t accumulated_ = 0, passes_ = -1;       // accumulate() of this step so far, and the most of a rank; below 0: not known
   bool finished_ = true;                             // the gradients of this step are summed over the ranks

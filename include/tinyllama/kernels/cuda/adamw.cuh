@@ -20,6 +20,7 @@ struct AdamwArgs {
   bf16* rounded;  // or null
   index_t n;
   float lr, decay, beta1, beta2, rest1, rest2, eps, correction1, correction2, scale;
+  const float* scale_at;  // instead of it; or null
   int ranges;
   bool first_decays;
   index_t ends[most];
@@ -29,6 +30,8 @@ struct AdamwArgs {
 static __global__ void __launch_bounds__(256) adamw_kernel(const __grid_constant__ AdamwArgs t) {
   using F = Vec<float, 4>;
   const index_t first = static_cast<index_t>(blockIdx.x) * 4096;
+  const float scale = t.scale_at ? *t.scale_at : t.scale;
+  if (isnan(scale)) return;
   int range = 0;
   for (int low = 0, high = t.ranges - 1; low < high;) {  // the first range that ends behind `first`
     const int middle = (low + high) / 2;
@@ -43,7 +46,7 @@ static __global__ void __launch_bounds__(256) adamw_kernel(const __grid_constant
     const auto one = [&](float& p, float& m, float& v, float gradient, index_t at) {
       while (range + 1 < t.ranges && at >= t.ends[range]) ++range;
       const bool decays = t.first_decays == (range % 2 == 0);
-      const float g = gradient * t.scale;
+      const float g = gradient * scale;
       m = t.beta1 * m + t.rest1 * g, v = t.beta2 * v + t.rest2 * g * g;
       p = p * (decays ? t.decay : 1.0f) - t.lr * (m / t.correction1) / (sqrtf(v / t.correction2) + t.eps);
     };
@@ -70,7 +73,7 @@ inline void adamw(cudaStream_t stream, const AdamwTask& t, std::span<const Adamw
   for (const void* p : {static_cast<const void*>(t.p), static_cast<const void*>(t.m), static_cast<const void*>(t.v), static_cast<const void*>(t.gradient)})
     if (reinterpret_cast<std::uintptr_t>(p) % 16) throw Error("adamw", "arrays", "at multiples of 16 bytes", "another address");
   AdamwArgs a{t.p, t.m, t.v, t.gradient, rounded, t.n, t.lr, 1.0f - t.lr * t.decay, t.beta1, t.beta2, static_cast<float>(1.0 - static_cast<double>(t.beta1)),
-              static_cast<float>(1.0 - static_cast<double>(t.beta2)), t.eps, t.correction1, t.correction2, t.scale, 0, true, {}};
+              static_cast<float>(1.0 - static_cast<double>(t.beta2)), t.eps, t.correction1, t.correction2, t.scale, t.scale_at, 0, true, {}};
   index_t end = 0;
   for (const AdamwRange& r : ranges) {
     const bool last_decays = a.first_decays == (a.ranges % 2 == 1);  // of the range before
@@ -98,19 +101,29 @@ static __global__ void __launch_bounds__(512) sum_of_squares_kernel(double* part
   }
   if (blockIdx.x == 0 && threadIdx.x == 0)
     for (index_t i = 4 * vectors; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
-#pragma unroll
-  for (int lane = 16; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
-  __syncthreads();
-  if (threadIdx.x) return;
-  for (int w = 1; w < 16; ++w) sum += sums[w];
-  partial[blockIdx.x] = sum;
+  sum = block_sum(sum, sums);
+  if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
 inline void sum_of_squares(cudaStream_t stream, double* partial, const float* x, index_t n) {
   if (reinterpret_cast<std::uintptr_t>(x) % 16) throw Error("sum_of_squares", "x", "at a multiple of 16 bytes", "another address");
   sum_of_squares_kernel<<<square_blocks, 512, 0, stream>>>(partial, x, n);
   launched("sum_of_squares");
+}
+
+// The order of the sum is fixed: lanes, then warps.
+static __global__ void __launch_bounds__(square_blocks) clip_kernel(StepSums* to, const double* partial, float most) {
+  __shared__ double sums[square_blocks / 32];
+  const double all = block_sum(partial[threadIdx.x], sums);
+  if (threadIdx.x) return;
+  const auto norm = static_cast<float>(sqrt(all));
+  to->squares = all, to->norm = norm;
+  to->scale = !isfinite(norm) ? nanf("") : most > 0 ? fminf(1.0f, most / (norm + 1e-6f)) : 1.0f;
+}
+/// All of *to but the loss, from partial [square_blocks] of sum_of_squares.
+inline void clip(cudaStream_t stream, StepSums* to, const double* partial, float most) {
+  clip_kernel<<<1, square_blocks, 0, stream>>>(to, partial, most);
+  launched("clip");
 }
 
 }  // namespace tinyllama::cuda

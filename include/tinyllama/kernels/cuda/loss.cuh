@@ -5,6 +5,7 @@
 
 #include "tinyllama/kernels/cuda/reduce.cuh"
 #include "tinyllama/kernels/cuda/vectors.cuh"
+#include "tinyllama/kernels/training.hpp"
 
 namespace tinyllama::cuda {
 
@@ -86,6 +87,19 @@ void cross_entropy(cudaStream_t stream, const CrossEntropyTask<A>& t) {
   if (in_vectors<N>(t.logits, t.ld, t.n) && (!t.gradient || in_vectors<N>(t.gradient, t.ld_gradient, t.n))) go.template operator()<N>();
   else go.template operator()<1>();
   launched("cross_entropy");
+}
+
+/// to->loss += sum_i weights_i losses_i: one block, so that the order is fixed.
+static __global__ void __launch_bounds__(1024) add_loss_kernel(StepSums* to, const float* losses, const float* weights, index_t n) {
+  __shared__ double sums[32];
+  double sum = 0;
+  for (index_t i = threadIdx.x; i < n; i += 1024) sum += static_cast<double>(losses[i]) * weights[i];
+  sum = block_sum(sum, sums);
+  if (threadIdx.x == 0) to->loss += sum;
+}
+inline void add_loss(cudaStream_t stream, StepSums* to, const float* losses, const float* weights, index_t n) {
+  add_loss_kernel<<<1, 1024, 0, stream>>>(to, losses, weights, n);
+  launched("add_loss");
 }
 
 }  // namespace tinyllama::cuda

@@ -33,4 +33,15 @@ __device__ inline float block_reduce(float x, float* shared) {
   return x;
 }
 
+/// Sum over a block of whole warps, in double; the first thread receives it. `shared`: one for each warp.
+__device__ inline double block_sum(double x, double* shared) {
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  if (threadIdx.x) return 0;
+  for (unsigned w = 1; w < blockDim.x / 32; ++w) x += shared[w];
+  return x;
+}
+
 }  // namespace tinyllama::cuda
