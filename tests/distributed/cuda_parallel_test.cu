@@ -169,6 +169,32 @@ TEST_CASE_TEMPLATE("cuda parallel: adapters too", D, CudaF32, Cuda) {
   check_all<D, small>(options);
 }
 
+// A number that lies between two of e4m3's may round to either, 2^-4 apart: a part of what fp8 costs a gradient anyway, 10 to 30%.
+TEST_CASE("cuda parallel: products in 8-bit floats, of weights that stay and of weights that pass") {
+  if (no_card()) return;
+  if (Cuda().capability() < 90) {
+    MESSAGE("skipped: fp8 needs compute capability 9.0");
+    return;
+  }
+  TrainerOptions options = how();
+  options.precision = Precision::fp8;
+  const Batch batch(5);
+  const Outcome expected = alone<small, Cuda>(batch, options);
+  for (const Sharding s : shardings)
+    for (const int ranks : {1, 2, 3}) {
+      CAPTURE(static_cast<int>(s)); CAPTURE(ranks);
+      const std::vector<Outcome> found = together<small, Cuda>(batch, options, ranks, s);
+      MESSAGE("losses " << difference(found[0].losses, expected.losses) << ", gradients " << difference(found[0].gradients, expected.gradients) << ", weights "
+                        << difference(found[0].weights, expected.weights));
+      for (const Outcome& o : found) {
+        CHECK(difference(o.losses, expected.losses) < 1e-3);
+        CHECK(difference(o.gradients, expected.gradients) < 0.03);
+        CHECK(difference(o.weights, expected.weights) < 0.03);
+        CHECK(o.weights == found.front().weights);
+      }
+    }
+}
+
 TEST_CASE("cuda parallel: a rank has the memory of its shards, that of the plan") {
   if (no_card()) return;
   const Batch batch(2);

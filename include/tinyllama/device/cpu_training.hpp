@@ -19,6 +19,15 @@ struct GemmOptions {
   bool bf16 = false;
   bool accumulate = false;  ///< y += rather than y =
   bool fp8 = false;         ///< operands of a learned matrix in 8-bit floats, where the device has them
+  bool passing = false;     ///< its weights come for one product after the other, and go: nothing made of them is kept
+};
+
+/// A learned matrix in products of 8-bit floats. What is known of its magnitudes is kept under `id`, its own as long as it is learned, wherever its weights are now.
+template <class A>
+struct Fp8Weights {
+  View<const A, dyn, dyn> values;
+  const void* id;
+  bool passing = false;
 };
 
 /// How the columns of qkv [T, (heads + 2 kv_heads) head_dim] are heads.
@@ -268,6 +277,7 @@ struct TrainingWork {
   index_t rows = 0, tokens = 0, logits_rows = 0;  // of a micro-batch; of a sequence; at a time
   int threads = 1;
   bool bf16 = true, fp8 = false;                  // products
+  bool passing = false;                           // weights that come for a product and go
 };
 /// Bytes that a pass takes beside its activations.
 template <Config C>

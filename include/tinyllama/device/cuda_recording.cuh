@@ -32,8 +32,8 @@ class Recording<CudaDevice<A>> {
       works_.push_back({{kind.begin(), kind.end()}, training.places(), {}, {}, false});
       return;
     }
-    if (!known->graph && !known->refused) known->refused = !record(dev, training, *known, work);
-    if (known->refused) return work();
+    if (!known->graph && !known->refused) record(dev, training, *known, work);
+    if (!known->graph) return work();
     known->graph.launch(dev.stream());
     training.repeat(known->quantised);
     std::rotate(known, known + 1, works_.end());  // the last to go
@@ -51,7 +51,7 @@ class Recording<CudaDevice<A>> {
   };
 
   template <class F>
-  static bool record(CudaDevice<A>& dev, CudaTraining<A>& training, Work& to, F& work) {
+  static void record(CudaDevice<A>& dev, CudaTraining<A>& training, Work& to, F& work) {
     cuda::Graph graph;
     cuda::Graph::begin(dev.stream());
     training.note(&to.quantised);
@@ -62,10 +62,10 @@ class Recording<CudaDevice<A>> {
       cuda::Graph::abandon(dev.stream());
       to.quantised.clear();
       training.expect_new_weights();
+      to.refused = !training.measured();
     }
     training.note(nullptr);
     to.graph = std::move(graph);
-    return static_cast<bool>(to.graph);
   }
   std::vector<Work> works_;
 };

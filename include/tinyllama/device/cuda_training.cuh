@@ -29,12 +29,12 @@ class CudaTraining {
   void gemm(M<A> y, M<const A> a, M<const A> b, bool accumulate);
   void gemm(M<float> y, M<const A> a, M<const A> b, bool accumulate)
     requires(!std::is_same_v<A, float>);
-  // Products of a matrix in 8-bit floats, whose operands are kept under the address of its weights: y = x w^T; dx = dy w; dw (+)= dy^T x with the dy of the last dx.
-  void gemm_fp8(M<A> y, M<const A> x, M<const A> w)
+  // Products of a matrix in 8-bit floats: y = x w^T; dx = dy w; dw (+)= dy^T x with the dy of the last dx.
+  void gemm_fp8(M<A> y, M<const A> x, const Fp8Weights<A>& w)
     requires std::is_same_v<A, bf16>;
-  void gemm_fp8_input(M<A> dx, M<const A> dy, M<const A> w)
+  void gemm_fp8_input(M<A> dx, M<const A> dy, const Fp8Weights<A>& w)
     requires std::is_same_v<A, bf16>;
-  void gemm_fp8_weight(M<float> dw, M<const A> x, M<const A> w, bool accumulate)
+  void gemm_fp8_weight(M<float> dw, M<const A> x, const Fp8Weights<A>& w, bool accumulate)
     requires std::is_same_v<A, bf16>;
   void flash_attention(M<A> out, M<float> lse, M<const A> qkv, std::span<const Sequence> batch, const HeadShape& shape);
   void flash_attention_backward(M<A> dqkv, M<const A> d_out, M<const A> qkv, M<const A> out, M<const float> lse, std::span<const Sequence> batch, const HeadShape& shape, float* delta);
@@ -75,7 +75,9 @@ class CudaTraining {
   /// Their copies in 8 bits are made anew where they are next read.
   void expect_new_weights() { ++weights_version_; }
   /// While it is recorded: matrices whose weights it quantises are noted in `to`, until null.
-  void note(std::vector<std::uint64_t*>* to) { noted_ = to; }
+  void note(std::vector<std::uint64_t*>* to) { noted_ = to, measured_ = false; }
+  /// Whether the recording ended because a scale was to be made, as in a first step only.
+  bool measured() const { return measured_; }
   /// The versions of their weights in 8 bits, once it has been repeated.
   void repeat(std::span<std::uint64_t* const> noted) {
     for (std::uint64_t* version : noted) *version = weights_version_;
@@ -90,26 +92,30 @@ class CudaTraining {
 
   // ---- 8-bit floats
 
-  /// A matrix's weights, and the scales of its weights, inputs and output's gradients.
+  /// A matrix's weights, unless they are passing, and the scales of its weights, inputs and output's gradients.
   struct Fp8Matrix {
     std::unique_ptr<cuda::PoolMemory> weights;  // in rows, then transposed
     std::uint64_t version = 0;                  // of the weights that are there
     int scale = 0;                              // of w; behind it x's and dy's
-    bool x_known = false, dy_known = false;
+    std::uint64_t w_first = 0, x_first = 0, dy_first = 0;  // the step in which their scales were first made
   };
   static constexpr int most_scales = 3 * 4096;
-  Fp8Matrix& fp8(M<const A> w);
+  Fp8Matrix& fp8(const Fp8Weights<A>& w);
+  /// Its weights in 8 bits, made where they are not there.
+  const std::uint8_t* weights_8(Fp8Matrix& m, const Fp8Weights<A>& w, bool transposed);
   const float* inverse(int scale) const;
-  /// `known`: there is a scale from before.
-  void quantise(M<const A> x, bool gradient, std::uint8_t* q, std::uint8_t* transposed, int scale, bool& known);
+  /// By a scale for what the step before has seen; in the step `first` (0: not yet) by one for all that it has seen so far, this x included.
+  void quantise(M<const A> x, bool gradient, std::uint8_t* q, std::uint8_t* transposed, int scale, std::uint64_t& first);
   std::uint8_t* place(std::unique_ptr<cuda::PoolMemory>& memory, index_t bytes);
-  std::map<const A*, Fp8Matrix> fp8_;
+  std::map<const void*, Fp8Matrix> fp8_;
   std::unique_ptr<cuda::PoolMemory> scales_;
-  std::unique_ptr<cuda::PoolMemory> x_, dy_rows_, dy_columns_;
+  std::unique_ptr<cuda::PoolMemory> x_, dy_rows_, dy_columns_, passing_;
   std::uint8_t* dy_transposed_ = nullptr;  // of the last dx
   index_t dy_tokens_ = 0;
   std::uint64_t weights_version_ = 1;
   std::uint64_t weights_put_ = 0;          // how often weights came from elsewhere than AdamW
+  std::uint64_t steps_ = 1;                // of AdamW, of all trainers, and the present one
+  bool measured_ = false;                  // while recording
   std::vector<std::uint64_t*>* noted_ = nullptr;
   /// On the card, uploaded where it is another than the last.
   const cuda::BatchSequence* sequences(std::span<const Sequence> batch, int& most_tokens);
@@ -152,14 +158,16 @@ using MatrixOf = std::type_identity_t<View<T, dyn, dyn>>;  // to be converted to
 template <class A>
 constexpr index_t default_logits_rows(const CudaDevice<A>*) { return 8192; }
 /// cuBLASLt's workspace, or what cuDNN's gradient of attention takes: dQ in f32, dK and dV of each head before heads that share them are added, and a number for
-/// each row and head. Operands in 8-bit floats: weights in rows and transposed, inputs, gradients both ways.
+/// each row and head. Operands in 8-bit floats: weights in rows and transposed (passing: of one matrix, one way), inputs, gradients both
+/// ways.
 template <class A, Config C>
 constexpr std::size_t training_scratch(const CudaDevice<A>*, const C& c, const TrainingWork& w) {
   const auto rows = static_cast<std::size_t>(w.rows), heads = static_cast<std::size_t>(c.heads), ffn = static_cast<std::size_t>(c.ffn);
   std::size_t bytes = CudaDevice<A>::blas_workspace;
   if (sizeof(A) == 2) bytes = std::max(bytes, rows * heads * (static_cast<std::size_t>(head_dim(c)) * 8 + 4));
   if (w.fp8) {
-    for_each_parameter(c, [&](const Parameter& p) { bytes += p.layer >= 0 && p.role != Role::gain ? 2 * static_cast<std::size_t>(p.size()) : 0; });
+    if (w.passing) bytes += static_cast<std::size_t>(c.hidden) * std::max(2 * ffn, static_cast<std::size_t>(c.hidden + 2 * c.kv_heads * head_dim(c)));
+    else for_each_parameter(c, [&](const Parameter& p) { bytes += p.layer >= 0 && p.role != Role::gain ? 2 * static_cast<std::size_t>(p.size()) : 0; });
     bytes += rows * ffn * 5;
   }
   return bytes;
@@ -172,9 +180,9 @@ void gemm(CudaDevice<A>& dev, detail::MatrixOf<A> y, detail::MatrixOf<const A> a
 template <class A>
   requires(!std::is_same_v<A, float>)
 void gemm(CudaDevice<A>& dev, View<float, dyn, dyn> y, detail::MatrixOf<const A> a, detail::MatrixOf<const A> b, const GemmOptions& o = {}) { training_of(dev).gemm(y, a, b, o.accumulate); }
-inline void gemm_fp8(Cuda& dev, View<bf16, dyn, dyn> y, View<const bf16, dyn, dyn> x, View<const bf16, dyn, dyn> w) { training_of(dev).gemm_fp8(y, x, w); }
-inline void gemm_fp8_input(Cuda& dev, View<bf16, dyn, dyn> dx, View<const bf16, dyn, dyn> dy, View<const bf16, dyn, dyn> w) { training_of(dev).gemm_fp8_input(dx, dy, w); }
-inline void gemm_fp8_weight(Cuda& dev, View<float, dyn, dyn> dw, View<const bf16, dyn, dyn> x, View<const bf16, dyn, dyn> w, bool accumulate) { training_of(dev).gemm_fp8_weight(dw, x, w, accumulate); }
+inline void gemm_fp8(Cuda& dev, View<bf16, dyn, dyn> y, View<const bf16, dyn, dyn> x, const Fp8Weights<bf16>& w) { training_of(dev).gemm_fp8(y, x, w); }
+inline void gemm_fp8_input(Cuda& dev, View<bf16, dyn, dyn> dx, View<const bf16, dyn, dyn> dy, const Fp8Weights<bf16>& w) { training_of(dev).gemm_fp8_input(dx, dy, w); }
+inline void gemm_fp8_weight(Cuda& dev, View<float, dyn, dyn> dw, View<const bf16, dyn, dyn> x, const Fp8Weights<bf16>& w, bool accumulate) { training_of(dev).gemm_fp8_weight(dw, x, w, accumulate); }
 template <class A>
 void flash_attention(CudaDevice<A>& dev, detail::MatrixOf<A> out, detail::MatrixOf<float> lse, detail::MatrixOf<const A> qkv, std::span<const Sequence> batch, const HeadShape& shape,
                      const GemmOptions&) { training_of(dev).flash_attention(out, lse, qkv, batch, shape); }

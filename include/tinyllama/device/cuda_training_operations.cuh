@@ -121,7 +121,7 @@ AttentionGradientTask<A> attention_task(View<const A, dyn, dyn> qkv, A* out, ind
 // ---- 8-bit floats
 
 template <class A>
-typename CudaTraining<A>::Fp8Matrix& CudaTraining<A>::fp8(M<const A> w) {
+typename CudaTraining<A>::Fp8Matrix& CudaTraining<A>::fp8(const Fp8Weights<A>& w) {
   if (!scales_) {
     scales_ = std::make_unique<cuda::PoolMemory>(dev_->card(), dev_->pool(), dev_->stream());
     std::byte* const at = scales_->reserve(most_scales * (sizeof(cuda::Fp8Scale) + 1));
@@ -130,33 +130,47 @@ typename CudaTraining<A>::Fp8Matrix& CudaTraining<A>::fp8(M<const A> w) {
     dev_->zero(at, most_scales * sizeof(cuda::Fp8Scale));
     dev_->upload(at + most_scales * sizeof(cuda::Fp8Scale), formats.data(), formats.size());
   }
-  const auto [it, fresh] = fp8_.try_emplace(w.data());
+  const auto [it, fresh] = fp8_.try_emplace(w.id);
   Fp8Matrix& m = it->second;
   if (fresh) {
     if (3 * fp8_.size() > static_cast<std::size_t>(most_scales)) throw Error("fp8", "matrices", "at most " + std::to_string(most_scales / 3), std::to_string(fp8_.size()));
     m.scale = 3 * static_cast<int>(fp8_.size() - 1);
-    m.weights = std::make_unique<cuda::PoolMemory>(dev_->card(), dev_->pool(), dev_->stream());
   }
+  return m;
+}
+
+template <class A>
+const std::uint8_t* CudaTraining<A>::weights_8(Fp8Matrix& m, const Fp8Weights<A>& w, bool transposed) {
+  const index_t n = w.values.size();
+  if (w.passing) {
+    std::uint8_t* const q = place(passing_, n);
+    quantise(w.values, false, transposed ? nullptr : q, transposed ? q : nullptr, m.scale, m.w_first);
+    return q;
+  }
+  std::uint8_t* const rows = place(m.weights, 2 * n);
   if (m.version != weights_version_) {
-    auto* rows = reinterpret_cast<std::uint8_t*>(m.weights->reserve(2 * static_cast<std::size_t>(w.size())));
-    bool known = m.version != 0;  // weights move little in a step
-    quantise(w, false, rows, rows + w.size(), m.scale, known);
+    quantise(w.values, false, rows, rows + n, m.scale, m.w_first);  // by the scale of the step before: weights move little in one
     m.version = weights_version_;
     if (noted_) noted_->push_back(&m.version);
   }
-  return m;
+  return transposed ? rows + n : rows;
 }
 
 template <class A>
 const float* CudaTraining<A>::inverse(int scale) const { return &(reinterpret_cast<const cuda::Fp8Scale*>(scales_->data()) + scale)->inverse; }
 
 template <class A>
-void CudaTraining<A>::quantise(M<const A> x, bool gradient, std::uint8_t* q, std::uint8_t* transposed, int scale, bool& known) {
+void CudaTraining<A>::quantise(M<const A> x, bool gradient, std::uint8_t* q, std::uint8_t* transposed, int scale, std::uint64_t& first) {
   if constexpr (std::is_same_v<A, bf16>) {
     auto* const scales = reinterpret_cast<cuda::Fp8Scale*>(scales_->data());
     const cuda::QuantiseTask t{x.data(), x.stride(0), q, transposed, scales + scale, static_cast<int>(x.extent(0)), static_cast<int>(x.extent(1))};
-    if (!std::exchange(known, true)) {
-      dev_->zero(scales + scale, sizeof *scales);
+    if (first == 0 || first == steps_) {
+      if (noted_) {
+        measured_ = true;
+        throw Error("fp8", "a recording", "scales from a step before", "none");
+      }
+      if (first == 0) dev_->zero(scales + scale, sizeof *scales);
+      first = steps_;
       cuda::magnitude(dev_->stream(), t);
       cuda::rescale(dev_->stream(), scales, most_scales, reinterpret_cast<const std::uint8_t*>(scales + most_scales), scale);
     }
@@ -185,42 +199,42 @@ inline void expect_product(bool found) {
 }  // namespace cuda
 
 template <class A>
-void CudaTraining<A>::gemm_fp8(M<A> y, M<const A> x, M<const A> w)
+void CudaTraining<A>::gemm_fp8(M<A> y, M<const A> x, const Fp8Weights<A>& w)
   requires std::is_same_v<A, bf16>
 {
   const cuda::Current here(dev_->card());
   Fp8Matrix& m = fp8(w);
   std::uint8_t* const q = place(x_, x.size());
-  quantise(x, false, q, nullptr, m.scale + 1, m.x_known);
-  const auto* rows = reinterpret_cast<const std::uint8_t*>(m.weights->data());
-  auto t = cuda::fp8_task(y, q, false, inverse(m.scale + 1), rows, false, inverse(m.scale), w.extent(1));
+  quantise(x, false, q, nullptr, m.scale + 1, m.x_first);
+  const std::uint8_t* const rows = weights_8(m, w, false);
+  auto t = cuda::fp8_task(y, q, false, inverse(m.scale + 1), rows, false, inverse(m.scale), w.values.extent(1));
   t.fast_sums = true;
   cuda::expect_product(start(t));
 }
 
 template <class A>
-void CudaTraining<A>::gemm_fp8_input(M<A> dx, M<const A> dy, M<const A> w)
+void CudaTraining<A>::gemm_fp8_input(M<A> dx, M<const A> dy, const Fp8Weights<A>& w)
   requires std::is_same_v<A, bf16>
 {
   const cuda::Current here(dev_->card());
   Fp8Matrix& m = fp8(w);
   std::uint8_t* const q = place(dy_rows_, dy.size());
   dy_transposed_ = place(dy_columns_, dy.size()), dy_tokens_ = dy.extent(0);
-  quantise(dy, true, q, dy_transposed_, m.scale + 2, m.dy_known);
-  const auto* columns = reinterpret_cast<const std::uint8_t*>(m.weights->data()) + w.size();
-  const auto t = cuda::fp8_task(dx, q, true, inverse(m.scale + 2), columns, false, inverse(m.scale), w.extent(0));
+  quantise(dy, true, q, dy_transposed_, m.scale + 2, m.dy_first);
+  const std::uint8_t* const columns = weights_8(m, w, true);
+  const auto t = cuda::fp8_task(dx, q, true, inverse(m.scale + 2), columns, false, inverse(m.scale), w.values.extent(0));
   cuda::expect_product(start(t));
 }
 
 template <class A>
-void CudaTraining<A>::gemm_fp8_weight(M<float> dw, M<const A> x, M<const A> w, bool accumulate)
+void CudaTraining<A>::gemm_fp8_weight(M<float> dw, M<const A> x, const Fp8Weights<A>& w, bool accumulate)
   requires std::is_same_v<A, bf16>
 {
   const cuda::Current here(dev_->card());
   Fp8Matrix& m = fp8(w);
   if (!dy_transposed_ || dy_tokens_ != x.extent(0)) throw Error("fp8", "a gradient of weights", "after that of the input", "another order");
   std::uint8_t* const q = place(x_, x.size());
-  quantise(x, false, nullptr, q, m.scale + 1, m.x_known);
+  quantise(x, false, nullptr, q, m.scale + 1, m.x_first);
   auto t = cuda::fp8_task(dw, dy_transposed_, true, inverse(m.scale + 2), q, false, inverse(m.scale + 1), x.extent(0));
   t.accumulate = accumulate;
   cuda::expect_product(start(t));
@@ -320,7 +334,7 @@ template <class A>
 void CudaTraining<A>::adamw(const AdamwTask& task, std::span<const AdamwRange> ranges, A* rounded) {
   const cuda::Current here(dev_->card());
   // The scales of the next step are made for what this one has seen.
-  ++weights_version_;
+  ++weights_version_, ++steps_;
   if (scales_) cuda::rescale(dev_->stream(), reinterpret_cast<cuda::Fp8Scale*>(scales_->data()), most_scales, reinterpret_cast<const std::uint8_t*>(scales_->data() + most_scales * sizeof(cuda::Fp8Scale)));
   if constexpr (std::is_same_v<A, bf16>) cuda::adamw(dev_->stream(), task, ranges, rounded);
   else cuda::adamw(dev_->stream(), task, ranges, nullptr);
@@ -329,9 +343,9 @@ void CudaTraining<A>::adamw(const AdamwTask& task, std::span<const AdamwRange> r
 template <class A>
 void CudaTraining<A>::round_to(A* to, const float* from, index_t n) {
   const cuda::Current here(dev_->card());
-  // Other weights, maybe of another model at the same address: nothing is known of what they meet.
+  // Other weights, maybe of another model: nothing is known of them, nor of what they meet.
   ++weights_version_, ++weights_put_;
-  for (auto m = fp8_.lower_bound(to); m != fp8_.end() && m->first < to + n; ++m) m->second.version = 0, m->second.x_known = m->second.dy_known = false;
+  for (auto& [id, m] : fp8_) m.w_first = m.x_first = m.dy_first = 0;
   if (static_cast<const void*>(to) != from) cuda::round_to(dev_->stream(), to, from, n);
 }
 

@@ -42,6 +42,8 @@ struct LearnedMatrix {
   View<const A, dyn, dyn> view() const { return {value, {rows, columns}}; }
   /// Whether products with W are products with the array `value`.
   bool plain() const { return adapter_count == 0 && !how.fp8; }
+  /// Known by its address: of a layer's matrices, not of copies.
+  Fp8Weights<A> in_8_bits() const { return {view(), this, how.passing}; }
   GemmOptions product(bool accumulate) const { return {how.bf16, accumulate}; }
 };
 
@@ -64,8 +66,8 @@ void matmul(D& dev, View<Y, dyn, N> out, View<X, dyn, K> in, const LearnedMatrix
   using A = typename D::activation;
   const View<Y, dyn, dyn> y = out;
   const View<const A, dyn, dyn> x = in;
-  if constexpr (requires { gemm_fp8(dev, y, x, w.view()); })
-    if (w.how.fp8) return gemm_fp8(dev, y, x, w.view());
+  if constexpr (requires { gemm_fp8(dev, y, x, w.in_8_bits()); })
+    if (w.how.fp8) return gemm_fp8(dev, y, x, w.in_8_bits());
   gemm(dev, y, x, w.view(), w.product(false));
   for (int i = 0; i < w.adapter_count; ++i) {
     const LearnedAdapter<A>& a = w.adapters[static_cast<std::size_t>(i)];
@@ -80,8 +82,8 @@ void matmul(D& dev, View<Y, dyn, N> out, View<X, dyn, K> in, const LearnedMatrix
 template <TrainingDevice D, class A = typename D::activation>
 void matmul_backward_input(D& dev, std::type_identity_t<View<A, dyn, dyn>> dx, std::type_identity_t<View<const A, dyn, dyn>> dy, const LearnedMatrix<typename D::activation>& w) {
   using Const = View<const A, dyn, dyn>;
-  if constexpr (requires { gemm_fp8_input(dev, dx, dy, w.view()); })
-    if (w.how.fp8) return gemm_fp8_input(dev, dx, dy, w.view());
+  if constexpr (requires { gemm_fp8_input(dev, dx, dy, w.in_8_bits()); })
+    if (w.how.fp8) return gemm_fp8_input(dev, dx, dy, w.in_8_bits());
   gemm(dev, dx, dy, transposed(w.view()), w.product(false));
   for (int i = 0; i < w.adapter_count; ++i) {
     const LearnedAdapter<A>& a = w.adapters[static_cast<std::size_t>(i)];
@@ -104,8 +106,8 @@ void matmul_backward_input(D& dev, std::type_identity_t<View<A, dyn, dyn>> dx, s
 template <TrainingDevice D, class A = typename D::activation>
 void matmul_backward_weight(D& dev, const LearnedMatrix<typename D::activation>& w, std::type_identity_t<View<const A, dyn, dyn>> dy, std::type_identity_t<View<const A, dyn, dyn>> x) {
   using Const = View<const A, dyn, dyn>;
-  if constexpr (requires { gemm_fp8_weight(dev, View<float, dyn, dyn>(w.gradient, {w.rows, w.columns}), x, w.view(), true); })
-    if (w.how.fp8) return gemm_fp8_weight(dev, View<float, dyn, dyn>(w.gradient, {w.rows, w.columns}), x, w.view(), w.how.accumulate);
+  if constexpr (requires { gemm_fp8_weight(dev, View<float, dyn, dyn>(w.gradient, {w.rows, w.columns}), x, w.in_8_bits(), true); })
+    if (w.how.fp8) return gemm_fp8_weight(dev, View<float, dyn, dyn>(w.gradient, {w.rows, w.columns}), x, w.in_8_bits(), w.how.accumulate);
   if (w.gradient) gemm(dev, View<float, dyn, dyn>(w.gradient, {w.rows, w.columns}), transposed(dy), transposed(x), w.how);
   for (int i = 0; i < w.adapter_count; ++i) {
     const LearnedAdapter<A>& a = w.adapters[static_cast<std::size_t>(i)];

@@ -273,7 +273,7 @@ class LearnedArrays {
   }
   void place_part(int part, const A* at, float* gradient) {
     const bool block = part > 0 && part <= config_.layers;
-    const GemmOptions how{options_->precision != Precision::f32, false, options_->precision == Precision::fp8 && block};
+    const GemmOptions how{options_->precision != Precision::f32, false, options_->precision == Precision::fp8 && block, sharding() == Sharding::fsdp};
     // Gains beside rounded weights: all of them apart, or where the f32 weights are.
     const float* gains = nullptr;
     if constexpr (rounds)

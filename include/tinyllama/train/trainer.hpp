@@ -181,7 +181,7 @@ class Trainer {
       if (counted(out) == 0 && !gathers) return;
       for (const float l : losses(in, out)) sum += static_cast<double>(l);
     });
-    for (std::int64_t n = mine; n < all; ++n) losses(padding_id_, padding_target_, padding_sequence_);
+    for (std::int64_t n = mine; n < all; ++n) losses(padding_ids_, padding_targets_, padding_sequence_);
     if (peers_) peers_->sum({&sum, 1});
     return static_cast<float>(sum / static_cast<double>(std::max<std::int64_t>(1, count)));
   }
@@ -337,8 +337,8 @@ class Trainer {
   void finish_passes() {
     if (!peers_ || finished_) return;
     while (accumulated_ < std::max<std::int64_t>(1, passes_)) {
-      row_weights_.assign(1, 0.0f);
-      accumulate(padding_id_, padding_target_, padding_sequence_, std::span<const float>(row_weights_));
+      row_weights_.assign(padding_ids_.size(), 0.0f);
+      accumulate(padding_ids_, padding_targets_, padding_sequence_, std::span<const float>(row_weights_));
     }
     arrays_.own_gradients(peers_->finish_gradients());
     finished_ = true;
@@ -406,8 +406,13 @@ class Trainer {
   std::int64_t step_ = 0, micro_ = 0;
   std::int64_t accumulated_ = 0, passes_ = -1;       // accumulate() of this step so far, and the most of a rank; below 0: not known
   bool finished_ = true;                             // the gradients of this step are summed over the ranks
-  std::array<std::int32_t, 1> padding_id_{0}, padding_target_{-1};  // a micro-batch that adds nothing
-  std::array<Sequence, 1> padding_sequence_{Sequence{0, 1, 0, nullptr}};
+  // A micro-batch that adds nothing; of 16 rows, as products in 8-bit floats have them.
+  std::array<std::int32_t, 16> padding_ids_{}, padding_targets_ = [] {
+    std::array<std::int32_t, 16> none;
+    none.fill(-1);
+    return none;
+  }();
+  std::array<Sequence, 1> padding_sequence_{Sequence{0, 16, 0, nullptr}};
   StepReport report_;
 };
 

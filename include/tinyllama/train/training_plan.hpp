@@ -47,7 +47,7 @@ constexpr TrainingPlan training_plan(const C& c, const TrainingPlanOptions& o) {
   plan.gradients = bytes(fsdp ? own : n);
   plan.moments = 2 * bytes(zero1 || fsdp ? own : n);
   plan.activations = training_buffer_bytes<D>(c, {T, R, o.checkpointing});
-  plan.scratch = training_scratch(device, c, {T, o.tokens, R, o.threads, o.precision == Precision::bf16, o.precision == Precision::fp8});
+  plan.scratch = training_scratch(device, c, {T, o.tokens, R, o.threads, o.precision == Precision::bf16, o.precision == Precision::fp8, fsdp});
   if (zero1) plan.communication = bytes(own);
   if (fsdp) plan.communication = static_cast<std::size_t>(fsdp_buffers(c.tied)) * (bytes(cut.largest_part, sizeof(A) + sizeof(float)) + bytes(cut.largest_shard));
   return plan;

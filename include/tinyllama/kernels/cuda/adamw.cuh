@@ -14,7 +14,7 @@ namespace tinyllama::cuda {
 
 /// `ends`: where ranges end, of which every second one decays, from the first on if `first_decays`.
 struct AdamwArgs {
-  static constexpr int most = 256;
+  static constexpr int most = 2048;  // 16 KB of the 32 KB that a launch may be given: 500 layers, whose gains and matrices take turns
   float *p, *m, *v;
   const float* gradient;
   bf16* rounded;  // or null
