@@ -169,7 +169,8 @@ TEST_CASE_TEMPLATE("cuda parallel: adapters too", D, CudaF32, Cuda) {
   check_all<D, small>(options);
 }
 
-// A number that lies between two of e4m3's may round to either, 2^-4 apart: a part of what fp8 costs a gradient anyway, 10 to 30%.
+// Scales are powers of two, and the ranks' from the second step on the same. A number that lies between two of e4m3's may still round to either, 2^-4 apart: a part
+// of what 8 bits cost anyway.
 TEST_CASE("cuda parallel: products in 8-bit floats, of weights that stay and of weights that pass") {
   if (no_card()) return;
   if (Cuda().capability() < 90) {
@@ -179,7 +180,9 @@ TEST_CASE("cuda parallel: products in 8-bit floats, of weights that stay and of 
   TrainerOptions options = how();
   options.precision = Precision::fp8;
   const Batch batch(5);
-  const Outcome expected = alone<small, Cuda>(batch, options);
+  const Outcome expected = alone<small, Cuda>(batch, options), bf16 = alone<small, Cuda>(batch, how());
+  const double cost = difference(expected.gradients, bf16.gradients);
+  MESSAGE("8 bits cost the gradient " << cost);
   for (const Sharding s : shardings)
     for (const int ranks : {1, 2, 3}) {
       CAPTURE(static_cast<int>(s)); CAPTURE(ranks);
@@ -188,8 +191,8 @@ TEST_CASE("cuda parallel: products in 8-bit floats, of weights that stay and of 
                         << difference(found[0].weights, expected.weights));
       for (const Outcome& o : found) {
         CHECK(difference(o.losses, expected.losses) < 1e-3);
-        CHECK(difference(o.gradients, expected.gradients) < 0.03);
-        CHECK(difference(o.weights, expected.weights) < 0.03);
+        CHECK(difference(o.gradients, expected.gradients) < cost / 4);
+        CHECK(difference(o.weights, expected.weights) < 1e-3);
         CHECK(o.weights == found.front().weights);
       }
     }

@@ -291,6 +291,9 @@ constexpr std::size_t training_scratch(const Cpu*, const C& c, const TrainingWor
   return most;
 }
 
+/// What the scales of the next step's 8-bit floats are made for, where there are such: ranks agree on its maximum before AdamW.
+inline std::span<float> magnitudes(Cpu&) { return {}; }
+
 /// Bytes of the host to the device.
 inline void send(const Cpu& dev, void* to, const void* from, std::size_t bytes) { dev.upload(to, from, bytes); }
 

@@ -48,6 +48,8 @@ class CudaTraining {
   double sum_of_squares(const float* x, index_t n);
   void add_loss(StepSums* sums, const float* losses, const float* weights, index_t n);
   void clip(StepSums* sums, const float* x, index_t n, float most);
+  /// Of all matrices in 8-bit floats, with their scales, which adamw makes anew.
+  std::span<float> magnitudes() const;
   void fill(float* x, index_t n, float value);
   void scale(M<A> x, float by);
   void scale(M<float> x, float by)
@@ -220,6 +222,8 @@ template <class A>
 void add_loss(CudaDevice<A>& dev, StepSums* sums, const float* losses, const float* weights, index_t n) { training_of(dev).add_loss(sums, losses, weights, n); }
 template <class A>
 void clip(CudaDevice<A>& dev, StepSums* sums, const float* x, index_t n, float most) { training_of(dev).clip(sums, x, n, most); }
+template <class A>
+std::span<float> magnitudes(CudaDevice<A>& dev) { return training_of(dev).magnitudes(); }
 template <class A>
 void fill(CudaDevice<A>& dev, float* x, index_t n, float value) { training_of(dev).fill(x, n, value); }
 template <class A>

@@ -157,6 +157,13 @@ const std::uint8_t* CudaTraining<A>::weights_8(Fp8Matrix& m, const Fp8Weights<A>
 }
 
 template <class A>
+std::span<float> CudaTraining<A>::magnitudes() const {
+  static_assert(sizeof(cuda::Fp8Scale) % sizeof(float) == 0);
+  if (!scales_) return {};
+  return {reinterpret_cast<float*>(scales_->data()), 3 * fp8_.size() * sizeof(cuda::Fp8Scale) / sizeof(float)};
+}
+
+template <class A>
 const float* CudaTraining<A>::inverse(int scale) const { return &(reinterpret_cast<const cuda::Fp8Scale*>(scales_->data()) + scale)->inverse; }
 
 template <class A>

@@ -27,6 +27,7 @@ concept TrainingDevice = Device<D> && requires(D& dev, View<typename D::activati
   adamw(dev, adam, ranges, rounded);                                                  // nothing, where the scale is NaN
   add_loss(dev, totals, values, values, index_t{});                                   // of losses and weights [n]: totals->loss +=
   clip(dev, totals, values, index_t{}, 1.0f);                                         // of a gradient [n]: the rest of *totals
+  { magnitudes(dev) } -> std::same_as<std::span<float>>;                              // on the device, before adamw: of ranks the maximum
   round_to(dev, rounded, values, index_t{});                                          // [n]
   { sum_of_squares(dev, values, index_t{}) } -> std::same_as<double>;
   fill(dev, vector, index_t{}, 0.0f);

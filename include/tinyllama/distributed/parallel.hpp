@@ -46,6 +46,10 @@ class Parallel final : public Peers<D>, private PassHooks {
   Sharding sharding() const override { return options_.sharding; }
   void sum(std::span<double> values) override { m_->reduce(values, Reduction::sum, "sums of a step"); }
   void most(std::span<double> values) override { m_->reduce(values, Reduction::max, "counts of a step"); }
+  void most_on_device(std::span<float> values) override {
+    Request r = m_->start_all_reduce(values.data(), static_cast<index_t>(values.size()), Format::f32, Reduction::max, "magnitudes of a step");
+    m_->wait(r);
+  }
   void broadcast(std::span<std::byte> bytes, int from) override { m_->broadcast(bytes, from, "bytes"); }
   void barrier() override { m_->barrier("all ranks"); }
 

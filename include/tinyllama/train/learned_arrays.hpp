@@ -92,6 +92,8 @@ class LearnedArrays {
   /// AdamW on what this rank owns, with the numbers of `t`; the other ranks get it. Collective.
   void update(AdamwTask t) {
     const float decay = t.decay;
+    if (peers_)
+      if (const std::span<float> seen = magnitudes(*dev_); !seen.empty()) peers_->most_on_device(seen);
     for (const Piece& piece : pieces_) {
       t.n = piece.n, t.decay = decay;
       t.p = values().data() + piece.value, t.m = first_moment().data() + piece.own, t.v = second_moment().data() + piece.own, t.gradient = own_gradients_ + piece.own;

@@ -37,6 +37,8 @@ class Peers {
   virtual void sum(std::span<double> values) = 0;
   virtual void most(std::span<double> values) = 0;
   virtual void broadcast(std::span<std::byte> bytes, int from) = 0;
+  /// The same of numbers in the device's memory, whose work goes on behind it.
+  virtual void most_on_device(std::span<float> values) = 0;
   virtual void barrier() = 0;
 
   // ---- of the trainer's arrays
