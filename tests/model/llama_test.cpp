@@ -191,7 +191,8 @@ TEST_CASE("llama: weights of 8-bit floats are expanded to bf16 with their scales
   const Golden<golden_gqa> g;
   tl::Cpu dev;
   const auto logits = [&](const char* folder, tl::LoadOptions o = exact()) {
-    const auto l = tl::load<golden_gqa>(dev, tmp / folder, o).start().logits_of(g.row(0));
+    auto session = tl::load<golden_gqa>(dev, tmp / folder, o).start();
+    const auto l = session.logits_of(g.row(0));
     return std::vector<float>(l.span().begin(), l.span().end());
   };
   const auto got = logits("e4m3");

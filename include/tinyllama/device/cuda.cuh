@@ -139,6 +139,9 @@ class CudaDevice {
   /// Tokens of a prefill step where nobody says otherwise: products of so many rows fill the card.
   static constexpr index_t prefill_rows = 2048;
 
+  /// Tokens of a prefill step up to which it may become a graph.
+  static constexpr index_t graph_rows = 512;
+
   /// Query rows of a KV head and sequence from which attention is prefill's on Hopper.
   static constexpr index_t flash_rows = 64;
 
@@ -190,16 +193,18 @@ class CudaDevice {
     for (const auto& l : w.layers) m.layers.push_back({l.attn_norm, l.ffn_norm, l.qkv, l.o, l.gate_up, l.down});
     return {prepare_decode(m), std::make_shared<cuda::StepGraphs>(), w.cache, static_cast<index_t>(w.config.heads / w.config.kv_heads)};
   }
-  /// Does a step's `enqueue()`; a step of one token for each sequence that looks like an earlier one (`work`: its activations, `want`: what it does) as one graph.
+  /// Does a step's `enqueue()`; a step that looks like an earlier one (`work`: its activations, `want`: what it does) as one graph: of one token for each
+  /// sequence, or of one sequence's tokens, whose kernels the host takes longer to launch than the card to run where they are few.
   template <class F>
   void repeat(const Prepared& prepared, const Batch& b, const void* work, int want, F&& enqueue) {
-    if (!prepared.steps || b.most_tokens != 1) return enqueue();
+    if (!prepared.steps || (b.most_tokens != 1 && (b.count != 1 || b.rows > graph_rows || prepared.cache.format == Format::f8_e4m3))) return enqueue();
     const cuda::Current here(card_);
     plan_attention(prepared.cache, prepared.group, b);
     const auto address = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p); };
+    const auto numbers = [](auto high, auto low) { return static_cast<std::uintptr_t>(high) << 32 | static_cast<std::uintptr_t>(low); };
     // Whatever else of the batch's arrays moves, moves with these.
-    prepared.steps->run(stream(), {address(work), static_cast<std::uintptr_t>(want), static_cast<std::uintptr_t>(b.rows), address(b.ids), address(b.positions), address(scratch_),
-                                   address(few_.on_card), address(counters_.data())}, enqueue);
+    prepared.steps->run(stream(), {address(work), static_cast<std::uintptr_t>(want), numbers(b.rows, b.count), address(b.ids), address(b.positions), address(scratch_), address(few_.on_card),
+                                   address(many_.on_card), address(counters_.data()), numbers(few_.plan.blocks, few_.plan.parts), numbers(many_.plan.blocks, few_.plan.tile_rows)}, enqueue);
   }
   /// `steps` tokens of one sequence in one launch, from `id` on, each the most probable after the one before; the first is written at s.position of its
   /// pages, which are there for all. logits [vocab]: of the last; tokens [steps], or null: the most probable after each. In the device's memory. False

@@ -5,6 +5,7 @@
 #include "tinyllama/device/cuda_decode.cuh"
 #include "tinyllama/kernels/cuda/attention_launch.cuh"
 #include "tinyllama/kernels/cuda/attention_scores.cuh"
+#include "tinyllama/kernels/cuda/cluster_gemm.cuh"
 #include "tinyllama/kernels/cuda/embedding.cuh"
 #include "tinyllama/kernels/cuda/gated_matmul.cuh"
 #include "tinyllama/kernels/cuda/matmul.cuh"
@@ -254,10 +255,12 @@ void CudaDevice<A>::softmax(View<float, dyn, dyn> out, View<const float, dyn, dy
   cuda::softmax(stream(), {out.data(), out.stride(0), x.data(), x.stride(0), static_cast<int>(x.extent(0)), static_cast<int>(x.extent(1)), scale});
 }
 
-/// A product of a step of decoding as stream_gemm does it; false where it is for another way. `memory`: of blas_workspace and weights_scratch.
+/// A product of a step of decoding as cluster_gemm or stream_gemm does it; false where it is for another way. `memory`: of blas_workspace and weights_scratch.
 template <class A>
 bool CudaDevice<A>::stream_product(cuda::StreamTask t, std::byte* memory) {
-  if (t.m <= 1 || t.m > cuda::stream::most_rows(t.format) || (t.m <= few_rows && t.format != format_of<A>) || !hopper()) return false;
+  if (t.m <= 1 || !hopper()) return false;
+  if (t.format == Format::bf16) return t.m <= cuda::cluster::most_rows && cuda::cluster_gemm(stream(), t);
+  if (t.m > cuda::stream::most_rows(t.format) || (t.m <= few_rows && t.format != Format::f8_e4m3)) return false;
   if (cuda::stream::partial_bytes(multiprocessors_) > blas_workspace + weights_scratch) return false;
   if (const std::size_t bytes = cuda::stream::flags_bytes(multiprocessors_); stream_flags_.size() < bytes) {
     stream_flags_.reserve(bytes);
@@ -294,10 +297,10 @@ void CudaDevice<A>::product(View<Y, dyn, dyn> y, View<const A, dyn, dyn> x, cons
     column += m.rows;
     bool done = false;
     if constexpr (std::is_same_v<A, bf16>) {
-      if (e4m3_products && m.format == Format::f8_e4m3)
+      done = stream_product({m.format, m.data, nullptr, m.rows, columns, x.data(), x.stride(0), rows, to, y.stride(0), std::is_same_v<Y, float>, add}, memory);
+      if (!done && e4m3_products && m.format == Format::f8_e4m3)
         done = cuda::matmul_e4m3<Y>(stream(), blas_, m.data, m.rows, columns, x.data(), x.stride(0), rows, to, y.stride(0), add,
                                     {memory + blas_workspace + weights_scratch, rows, columns}, std::exchange(e4m3_quantised, true), memory, blas_workspace);
-      else done = stream_product({m.format, m.data, nullptr, m.rows, columns, x.data(), x.stride(0), rows, to, y.stride(0), std::is_same_v<Y, float>, add}, memory);
     }
     if (done) {
       added = true;

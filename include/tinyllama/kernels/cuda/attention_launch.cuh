@@ -41,7 +41,7 @@ void visit_paged_tiles(int tile_rows, Fn&& fn) {
 }
 
 /// Blocks of attention_paged that an SM holds at a time: plan_even for all of them.
-constexpr index_t paged_blocks_per_sm(index_t head_dim, index_t tile_rows) { return head_dim * tile_rows <= 512 ? 3 : head_dim * tile_rows <= 2048 ? 2 : 1; }
+constexpr index_t paged_blocks_per_sm(index_t head_dim, index_t tile_rows) { return head_dim * tile_rows <= 512 ? 4 : head_dim * tile_rows <= 2048 ? 2 : 1; }
 
 /// For head_dim 64 and 128 and caches of bf16, f16, f8_e4m3 and q8_0.
 template <class O>

@@ -41,15 +41,21 @@ inline bool launches_overlap() {
   return k > 0;
 }
 
-/// Launches a kernel that calls wait_for_previous(); on other cards in the ordinary way.
+/// Launches a kernel that calls wait_for_previous(), in clusters of so many blocks; on cards before Hopper in the ordinary way, and without clusters.
+template <class... Parameters, class... Arguments>
+void launch_dependent_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, unsigned threads, std::size_t shared, cudaStream_t stream, const char* name, const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster), attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t c{};
+  c.gridDim = grid, c.blockDim = dim3(threads), c.dynamicSmemBytes = shared, c.stream = stream, c.attrs = attributes, c.numAttrs = !launches_overlap() ? 0 : cluster > 1 ? 2 : 1;
+  check(cudaLaunchKernelEx(&c, kernel, arguments...), "launch", name);
+}
 template <class... Parameters, class... Arguments>
 void launch_dependent(void (*kernel)(Parameters...), dim3 grid, unsigned threads, std::size_t shared, cudaStream_t stream, const char* name, const Arguments&... arguments) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t c{};
-  c.gridDim = grid, c.blockDim = dim3(threads), c.dynamicSmemBytes = shared, c.stream = stream, c.attrs = &overlap, c.numAttrs = launches_overlap() ? 1 : 0;
-  check(cudaLaunchKernelEx(&c, kernel, arguments...), "launch", name);
+  launch_dependent_clusters(kernel, 1, grid, threads, shared, stream, name, arguments...);
 }
 
 }  // namespace tinyllama::cuda

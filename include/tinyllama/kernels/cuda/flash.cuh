@@ -10,7 +10,7 @@
 
 #include "tinyllama/kernels/cuda/attention_parts.cuh"
 #include "tinyllama/kernels/cuda/cache.cuh"
-#include "tinyllama/kernels/cuda/hopper.cuh"
+#include "tinyllama/kernels/cuda/wgmma.cuh"
 
 namespace tinyllama::cuda {
 

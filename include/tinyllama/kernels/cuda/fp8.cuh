@@ -32,12 +32,12 @@ struct QuantiseTask {
 
 template <Fp8 F>
 __device__ inline std::uint32_t fp8_pair(float low, float high) {
+  if constexpr (F == Fp8::e4m3) return e4m3_pair(low, high);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
-  return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, F == Fp8::e4m3 ? __NV_E4M3 : __NV_E5M2);  // no such instruction, and no product of them
+  return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E5M2);  // no such instruction, and no product of them
 #else
   std::uint16_t r;
-  if constexpr (F == Fp8::e4m3) asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
-  else asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
   return r;
 #endif
 }

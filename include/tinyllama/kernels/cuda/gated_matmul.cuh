@@ -6,9 +6,9 @@
 #pragma once
 
 #include "tinyllama/device/cuda_runtime.cuh"
-#include "tinyllama/kernels/cuda/hopper.cuh"
 #include "tinyllama/kernels/cuda/tensor_map.cuh"
 #include "tinyllama/kernels/cuda/vectors.cuh"
+#include "tinyllama/kernels/cuda/wgmma.cuh"
 
 namespace tinyllama::cuda {
 

@@ -82,7 +82,7 @@ struct PagedShape {
   static constexpr int stage_bytes = 2 * kv_bytes;
   static constexpr int pitch = HeadDim + 4;  // of results in shared memory, in floats
   static constexpr int result_bytes = (tile_rows * pitch + 4 * 2 * tile_rows + 2 * tile_rows + 4) * 4;
-  static constexpr int blocks_per_sm = HeadDim * Tiles <= 64 ? 3 : HeadDim * Tiles <= 256 ? 2 : 1;  // as registers allow
+  static constexpr int blocks_per_sm = HeadDim * Tiles <= 64 ? 4 : HeadDim * Tiles <= 256 ? 2 : 1;  // as registers allow
   static constexpr int shared_limit = (227 / blocks_per_sm - 1) * 1024;
   static constexpr int stages = (shared_limit - result_bytes) / stage_bytes < 6 ? (shared_limit - result_bytes) / stage_bytes : 6;
   static constexpr int shared_bytes = stages * stage_bytes + result_bytes;
@@ -109,7 +109,7 @@ __global__ __launch_bounds__(paged_threads, (PagedShape<HeadDim, Tiles, F>::bloc
     const std::byte* at;  // of `page`, read one step before it is needed
   };
   let_next_begin();
-  wait_for_previous();
+  // The plan, the table of pages and positions before the sequence's new ones were there before this step, so pages of old positions come without waiting.
   AttentionItem item = load_item(a.items + blockIdx.x);
   if (item.rows == 0) return;
   Cursor load{item, item.page_begin, nullptr};
@@ -143,8 +143,13 @@ __global__ __launch_bounds__(paged_threads, (PagedShape<HeadDim, Tiles, F>::bloc
     }
     commit_async();
   };
+  bool waited = false;
 #pragma unroll 1
-  for (int s = 0; s < stages - 1; ++s) load_page(s);
+  for (int s = 0; s < stages - 1; ++s) {
+    if (!waited && more && (load.page + 1) * page_positions > load.item.position) wait_for_previous(), waited = true;
+    load_page(s);
+  }
+  if (!waited) wait_for_previous();
 
   const float scale = a.scale * 1.4426950408889634f;
   int stage = 0;

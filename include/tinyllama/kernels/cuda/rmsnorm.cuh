@@ -26,14 +26,17 @@ template <class A, int N, int Keep>
 __global__ void rmsnorm_kernel(RmsnormTask<A> t) {
   __shared__ float shared[32];
   let_next_begin();
-  wait_for_previous();
   const index_t row = blockIdx.x;
   float* x = t.x + row * t.ld_x;
   const float* residual = t.residual ? t.residual + row * t.ld_residual : nullptr;
   A* out = t.out + row * t.ld_out;
   const int vectors = t.n / N, threads = static_cast<int>(blockDim.x), me = static_cast<int>(threadIdx.x);
   using F = Vec<float, N>;
-  F keep[Keep];
+  F keep[Keep], gain[Keep];
+#pragma unroll
+  for (int i = 0; i < Keep; ++i)
+    if (me + i * threads < vectors) gain[i] = reinterpret_cast<const F*>(t.gain)[me + i * threads];
+  wait_for_previous();
   float squares = 0;
   const auto fetch = [&](int v) {
     F a = reinterpret_cast<const F*>(x)[v];
@@ -52,8 +55,7 @@ __global__ void rmsnorm_kernel(RmsnormTask<A> t) {
     if (me + i * threads < vectors) keep[i] = fetch(me + i * threads);
   for (int v = me + Keep * threads; v < vectors; v += threads) fetch(v);
   const float scale = rsqrtf(block_reduce<Sum>(squares, shared) / static_cast<float>(t.n) + t.eps);
-  const auto write = [&](int v, const F& a) {
-    const F g = reinterpret_cast<const F*>(t.gain)[v];
+  const auto write = [&](int v, const F& a, const F& g) {
     Vec<A, N> o;
 #pragma unroll
     for (int j = 0; j < N; ++j) o.at[j] = from_float<A>(a.at[j] * scale * g.at[j]);
@@ -61,8 +63,8 @@ __global__ void rmsnorm_kernel(RmsnormTask<A> t) {
   };
 #pragma unroll
   for (int i = 0; i < Keep; ++i)
-    if (me + i * threads < vectors) write(me + i * threads, keep[i]);
-  for (int v = me + Keep * threads; v < vectors; v += threads) write(v, reinterpret_cast<const F*>(x)[v]);
+    if (me + i * threads < vectors) write(me + i * threads, keep[i], gain[i]);
+  for (int v = me + Keep * threads; v < vectors; v += threads) write(v, reinterpret_cast<const F*>(x)[v], reinterpret_cast<const F*>(t.gain)[v]);
 }
 
 template <class A>

@@ -1,9 +1,8 @@
-// y [m, n] = x [m, k] W [n, k]^T for up to 256 rows of x, on Hopper: batched decoding, whose time is that of reading W once.
+// y [m, n] = x [m, k] W [n, k]^T of packed formats for up to 256 rows of x, on Hopper: batched decoding, whose time is that of reading W once. For bf16: cluster_gemm.cuh.
 //
 // The operands change places: 64 rows of W are the rows of a warpgroup's product, the batch its N columns (32, 64, 128 or 256). A block has 128 rows of W
-// and walks along k in units of 64 columns (block formats: 128). Of its three warpgroups one brings x and W into two rings in shared memory; two multiply.
-//   bf16           W arrives in the swizzle that the tensor cores read (a box of a tensor map)
-//   other formats  W arrives packed (16-byte copies of two warps); each thread turns blocks of 32 columns into bf16 in a buffer of its warpgroup
+// and walks along k in units of 128 columns. Of its three warpgroups one brings x and W into two rings in shared memory; two multiply. W arrives packed (16-byte
+// copies of two warps); each thread turns blocks of 32 columns into bf16 in a buffer of its warpgroup. The scales that rows of f8_e4m3 have multiply the sums.
 //
 // All units of all tiles, in order, are cut into equal runs, one for each block of a grid of one block an SM, so that every SM reads as much. Where several
 // blocks share a tile each leaves its sums in `partial`, and when all have, each adds up some of the batch's columns, the blocks' sums in their order.
@@ -13,34 +12,20 @@
 #pragma once
 
 #include "tinyllama/kernels/cuda/dependent.cuh"
+#include "tinyllama/kernels/cuda/stream_task.cuh"
 #include "tinyllama/kernels/cuda/stream_unit.cuh"
 #include "tinyllama/kernels/cuda/tensor_map.cuh"
 #include "tinyllama/kernels/cuda/vectors.cuh"
-#include "tinyllama/kernels/cuda/wgmma_shared.cuh"
+#include "tinyllama/kernels/cuda/wgmma.cuh"
 
 namespace tinyllama::cuda {
-
-/// One packed matrix, or two of n rows each, `up` behind `w`, of which y = silu(x w^T) (x up^T) is asked for. Rows of x, y and add lie ld elements apart.
-struct StreamTask {
-  Format format;
-  const std::byte* w;
-  const std::byte* up;  // or null
-  index_t n, k;
-  const bf16* x;
-  index_t ldx, m;
-  void* y;
-  index_t ldy;
-  bool float_out;       // y and add are of f32, else of bf16
-  const void* add;      // or null
-};
 
 namespace stream {
 
 inline constexpr int threads = 384, most_m = 256, depth = 64;  // depth: columns of x in a stage
-constexpr bool takes(Format f) { return f != Format::f32 && f != Format::f8_e4m3; }
-/// Rows of x up to which it is the faster way, by measurement (H100). Weights of bf16 the library multiplies faster at any number of rows: 10 us for qkv of
-/// TinyLlama with 100 rows where this takes 14. Others it would have to expand first.
-constexpr index_t most_rows(Format f) { return takes(f) && f != Format::bf16 ? 128 : 0; }
+constexpr bool takes(Format f) { return f != Format::f32 && f != Format::bf16; }
+/// Rows of x up to which it is the faster way, by measurement (H100): above, weights are expanded for the library, or x is quantised (f8_e4m3).
+constexpr index_t most_rows(Format f) { return f == Format::f8_e4m3 ? 64 : takes(f) ? 128 : 0; }
 /// Of `partial` for a card: sums of 128 rows and 256 columns of two tiles for each block.
 constexpr std::size_t partial_bytes(int multiprocessors) { return 2 * static_cast<std::size_t>(multiprocessors) * rows * most_m * sizeof(float); }
 /// For each block and warpgroup the number of products so far, which is the same for all, and a flag for each of two tiles that takes that number when the
@@ -49,11 +34,10 @@ constexpr std::size_t flags_bytes(int multiprocessors) { return 6 * static_cast<
 
 template <Format F, int N>
 struct Shape {
-  static constexpr bool direct = F == Format::bf16;
-  static constexpr int unit = direct ? 64 : 128;
-  static constexpr int x_bytes = N * depth * 2, x_stages = N == 256 ? (F == Format::f16 ? 2 : 3) : N == 128 ? (direct ? 5 : 4) : 8;
-  static constexpr int buffer = 64 * unit * 2, buffers = direct ? 0 : 2;  // of a warpgroup
-  static constexpr int w_bytes = direct ? rows * depth * 2 : rows * Piece<F>::pitch;
+  static constexpr int unit = 128;
+  static constexpr int x_bytes = N * depth * 2, x_stages = N == 256 ? (F == Format::f16 ? 2 : 3) : N == 128 ? 4 : 8;
+  static constexpr int buffer = 64 * unit * 2, buffers = 2;  // of a warpgroup
+  static constexpr int w_bytes = rows * Piece<F>::pitch;
   static constexpr int room = 225 * 1024 - x_stages * x_bytes - 2 * buffers * buffer, w_stages = room / w_bytes < 16 ? room / w_bytes : 16;
   static_assert(w_stages >= 2);
   static constexpr int w_at = x_stages * x_bytes + 2 * buffers * buffer, barriers_at = w_at + w_stages * w_bytes, memory = barriers_at + 16 * (x_stages + w_stages) + 1024;
@@ -61,11 +45,6 @@ struct Shape {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-__device__ __forceinline__ void copy_box4(std::uint32_t to, const CUtensorMap& map, int column, int group, std::uint32_t barrier) {
-  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %3, %4}], [%5];" ::"r"(to), "l"(&map), "r"(column), "r"(0), "r"(group),
-               "r"(barrier)
-               : "memory");
-}
 __device__ __forceinline__ int first_unit(const Launch& t, int block) { return static_cast<int>(static_cast<std::int64_t>(t.units) * t.tiles * min(block, t.blocks) / t.blocks); }
 
 /// The block whose run has a unit.
@@ -88,7 +67,7 @@ __global__ void __launch_bounds__(N == 256 ? threads : N == 128 ? 512 : 640, 1) 
   const int begin = first_unit(t, block), end = first_unit(t, block + 1);
   if (threadIdx.x == 0) {
     for (int s = 0; s < S::x_stages; ++s) init_barrier(x_full + 8 * s, 1), init_barrier(x_empty + 8 * s, 8);
-    for (int s = 0; s < S::w_stages; ++s) init_barrier(w_full + 8 * s, S::direct ? 1 : 64), init_barrier(w_empty + 8 * s, 8);
+    for (int s = 0; s < S::w_stages; ++s) init_barrier(w_full + 8 * s, 64), init_barrier(w_empty + 8 * s, 8);
     fence_barrier_init();
   }
   __syncthreads();
@@ -104,21 +83,16 @@ __global__ void __launch_bounds__(N == 256 ? threads : N == 128 ? 512 : 640, 1) 
           copy_box(base + s * S::x_bytes, t.x, u % t.units * S::unit + h * depth, 0, x_full + 8 * s);
           if (++s == S::x_stages) s = 0, parity ^= 1;
         }
-    } else if (warp >= 2 && (!S::direct || (warp == 2 && lane == 0))) {  // W
+    } else if (warp >= 2) {  // W
       int s = 0, parity = 1;
       for (int u = begin; u < end; ++u) {
         wait(w_empty + 8 * s, parity);
         const std::uint32_t to = base + S::w_at + s * S::w_bytes;
-        if constexpr (S::direct) {
-          arrive_expect(w_full + 8 * s, S::w_bytes);
-          copy_box4(to, t.w, u % t.units * depth, u / t.units * 8, w_full + 8 * s);
-        } else {
-          copy_unit<F>(t, u / t.units, u % t.units, to, static_cast<int>(threadIdx.x) - 64);
-          arrive_after_copies(w_full + 8 * s);
-        }
+        copy_unit<F>(t, u / t.units, u % t.units, to, static_cast<int>(threadIdx.x) - 64);
+        arrive_after_copies(w_full + 8 * s);
         if (++s == S::w_stages) s = 0, parity ^= 1;
       }
-      if constexpr (!S::direct) asm volatile("cp.async.wait_all;" ::: "memory");
+      asm volatile("cp.async.wait_all;" ::: "memory");
     }
     return;
   }
@@ -132,10 +106,10 @@ __global__ void __launch_bounds__(N == 256 ? threads : N == 128 ? 512 : 640, 1) 
 #pragma unroll
     for (int i = 0; i < depth / 16; ++i)
 #pragma unroll
-      for (int p = 0; p < parts; ++p) wgmma(sum[p], operand_rows(a, i), operand_rows(x + p * width * 128, i));
+      for (int p = 0; p < parts; ++p) wgmma_shared(sum[p], operand_rows(a, i), operand_rows(x + p * width * 128, i), 1);
     if (++x_stage == S::x_stages) x_stage = 0, x_parity ^= 1;
   };
-  int held_x = 0, held_w = 0;  // stages that products not yet waited for read
+  int held_x = 0;  // the first stage that products not yet waited for read
   const auto release = [&](bool any) {
     if (!any || lane != 0) return;
     int s = held_x;
@@ -143,11 +117,18 @@ __global__ void __launch_bounds__(N == 256 ? threads : N == 128 ? 512 : 640, 1) 
       arrive(x_empty + 8 * s);
       if (++s == S::x_stages) s = 0;
     }
-    if constexpr (S::direct) arrive(w_empty + 8 * held_w);
   };
   const int octets = t.x_rows / 8;
   const auto partial = [&](int b, bool at_end) { return reinterpret_cast<float4*>(t.partial) + static_cast<index_t>(4 * b + 2 * at_end + group) * (most_m / 8 * 128) + thread; };
   const auto flag = [&](int b, bool at_end) { return t.flags + 6 * b + 3 * group + 1 + at_end; };
+  float2 scale = make_float2(1, 1);  // of the two rows
+  const auto find_scale = [&](int tile) {
+    if constexpr (row_end_bytes(F) != 0) {
+      const int group16 = min(group * 4 + warp % 4, (t.n - tile * t.tile_rows) / t.next_group - 1), row = tile * t.tile_rows + g * t.next_row + group16 * t.next_group;
+      const auto of = [&](int r) { return __ldg(reinterpret_cast<const float*>(t.packed + (r + 1) * t.row_bytes - row_end_bytes(F))); };
+      scale = make_float2(of(row), of(row + t.next_half));
+    }
+  };
   const auto store = [&](int tile, int octet, float4 v) {  // a thread has rows g and g + 8 of its warp's 16: neighbours in y, or gate and up of one element
     const int column = tile * t.tile_rows + (t.gated ? (group * 4 + warp % 4) * 8 + g : (group * 4 + warp % 4) * 16 + 2 * g);
     if (column >= t.n) return;
@@ -155,6 +136,7 @@ __global__ void __launch_bounds__(N == 256 ? threads : N == 128 ? 512 : 640, 1) 
     for (int e = 0; e < 2; ++e) {
       const int row = 8 * octet + 2 * c + e;
       float a = e ? v.y : v.x, b = e ? v.w : v.z;
+      if constexpr (row_end_bytes(F) != 0) a *= scale.x, b *= scale.y;
       if (row >= t.m) continue;
       const index_t at = row * t.ldy + column;
       if (t.gated) {
@@ -180,38 +162,29 @@ __global__ void __launch_bounds__(N == 256 ? threads : N == 128 ? 512 : 640, 1) 
   named_wait(1 + group, 128);
   for (int u = begin; u < end;) {
     const int tile = u / t.units, first = u % t.units, count = min(end - u, t.units - first);
+    find_scale(tile);
 #pragma unroll
     for (int p = 0; p < parts; ++p)
 #pragma unroll
       for (int i = 0; i < width / 2; ++i) sum[p][i] = 0;
     for (int i = 0; i < count; ++i, ++u) {
       wait(w_full + 8 * w_stage, w_parity);
-      const std::uint32_t w = base + S::w_at + w_stage * S::w_bytes;
-      if constexpr (S::direct) {
-        const int x_now = x_stage;
-        multiply(w + group * 64 * 128);
-        wgmma_commit();
-        wgmma_wait<1>();
-        release(i > 0);
-        held_x = x_now, held_w = w_stage;
-      } else {
-        const int row = thread / 32 * 16 + lane % 16;
-        const std::byte* const piece = memory + S::w_at + w_stage * S::w_bytes + (group * 64 + row) * Piece<F>::pitch;
-        const std::uint32_t to = base + S::x_stages * S::x_bytes + (group * S::buffers + buffer) * S::buffer;
+      const int row = thread / 32 * 16 + lane % 16;
+      const std::byte* const piece = memory + S::w_at + w_stage * S::w_bytes + (group * 64 + row) * Piece<F>::pitch;
+      const std::uint32_t to = base + S::x_stages * S::x_bytes + (group * S::buffers + buffer) * S::buffer;
 #pragma unroll
-        for (int h = 0; h < 2; ++h) expand<F>(to + h * (S::buffer / 2), piece, row, lane / 16, 2 * h + lane / 16, first + i);
-        wgmma_wait<0>();  // the products of the other buffer
-        release(i > 0);
-        fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) arrive(w_empty + 8 * w_stage);
-        named_wait(1 + group, 128);
-        held_x = x_stage;
+      for (int h = 0; h < 2; ++h) expand<F>(to + h * (S::buffer / 2), piece, row, lane / 16, 2 * h + lane / 16, first + i);
+      wgmma_wait<0>();  // the products of the other buffer
+      release(i > 0);
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) arrive(w_empty + 8 * w_stage);
+      named_wait(1 + group, 128);
+      held_x = x_stage;
 #pragma unroll
-        for (int h = 0; h < 2; ++h) multiply(to + h * (S::buffer / 2));
-        wgmma_commit();
-        buffer ^= 1;
-      }
+      for (int h = 0; h < 2; ++h) multiply(to + h * (S::buffer / 2));
+      wgmma_commit();
+      buffer ^= 1;
       if (++w_stage == S::w_stages) w_stage = 0, w_parity ^= 1;
     }
     wgmma_wait<0>();
@@ -248,6 +221,7 @@ __global__ void __launch_bounds__(N == 256 ? threads : N == 128 ? 512 : 640, 1) 
     named_wait(1 + group, 128);
     // This block's octets of columns are each count-th; all their loads, of one octet after the other, go out 16 at a time.
     constexpr int together = 16;
+    find_scale(tile);
     float4 s = make_float4(0, 0, 0, 0);
     int next = block - from, next_from = from, at = next, at_from = from;
     while (at < octets) {
@@ -289,11 +263,6 @@ void launch(cudaStream_t stream, const StreamTask& t, int multiprocessors, float
   l.next_row = gated ? 1 : 2, l.next_half = gated ? static_cast<int>((t.up - t.w) / l.row_bytes) : 1, l.next_group = gated ? 8 : 16;
   l.y = t.y, l.add = t.add, l.ldy = t.ldy, l.float_out = t.float_out, l.gated = gated, l.partial = partial, l.flags = flags;
   l.x = tensor_map(t.x, t.m, t.k, t.ldx, l.x_rows);
-  if constexpr (S::direct) {
-    const auto row = static_cast<cuuint64_t>(l.row_bytes);
-    l.w = tensor_map<4>(t.w, {static_cast<cuuint64_t>(t.k), 8, 2, static_cast<cuuint64_t>(t.n / l.next_group)},
-                        {row * static_cast<cuuint64_t>(l.next_row), row * static_cast<cuuint64_t>(l.next_half), row * static_cast<cuuint64_t>(l.next_group)}, {64, 8, 2, 8});
-  }
   check(cudaFuncSetAttribute(kernel<F, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::memory), "cudaFuncSetAttribute", "stream_gemm");
   l.blocks = std::min(multiprocessors, l.units * l.tiles);
   launch_dependent(kernel<F, N>, dim3(static_cast<unsigned>(multiprocessors)), threads, S::memory, stream, "stream_gemm", l);
@@ -306,7 +275,7 @@ void launch(cudaStream_t stream, const StreamTask& t, int multiprocessors, float
 inline bool stream_gemm(cudaStream_t stream, const StreamTask& t, int multiprocessors, float* partial, unsigned* flags) {
   const auto odd = [](const void* p, index_t ld, std::size_t unit, index_t elements) { return reinterpret_cast<std::uintptr_t>(p) % unit != 0 || ld % elements != 0; };
   const std::size_t two = t.float_out ? 8 : 4;
-  if (!stream::takes(t.format) || t.m < 1 || t.m > stream::most_m || t.n % 16 != 0 || t.k % (t.format == Format::bf16 ? 8 : 128) != 0) return false;
+  if (!stream::takes(t.format) || t.m < 1 || t.m > stream::most_m || t.n % 16 != 0 || t.k % 128 != 0) return false;
   if (odd(t.w, 0, 16, 1) || odd(t.x, t.ldx, 16, 8) || odd(t.y, t.ldy, two, 2) || odd(t.add, t.ldy, two, 2)) return false;
   if (t.up && (t.float_out || t.add || (t.up - t.w) % packed_row_bytes(t.format, t.k) != 0 || t.up < t.w)) return false;
   visit(t.format, [&]<Format F>() {

@@ -1,7 +1,8 @@
 // Packed weights on their way to the tensor cores: 128 rows by 128 columns copied into shared memory as they are packed, then turned into bf16 there.
 #pragma once
 
-#include "tinyllama/kernels/cuda/hopper.cuh"
+#include <cuda.h>
+
 #include "tinyllama/kernels/cuda/pack.cuh"
 
 namespace tinyllama::cuda::stream {
@@ -9,7 +10,7 @@ namespace tinyllama::cuda::stream {
 inline constexpr int rows = 128;  // of a tile
 
 struct Launch {
-  CUtensorMap x, w;  // w: of bf16
+  CUtensorMap x;
   const std::byte* packed;
   index_t row_bytes;
   int n, k, m, x_rows, units, tiles, blocks;  // x_rows: m to a multiple of 8; units: of a tile; blocks: that have any
@@ -27,7 +28,7 @@ struct Launch {
 template <Format F>
 struct Piece {
   static constexpr bool k_header = F == Format::q4_K || F == Format::q5_K;
-  static constexpr int codes = F == Format::f16 ? 256 : 64, upper = is_quantised(F) ? 4 * high_block_bytes<F> : 0;
+  static constexpr int codes = F == Format::f16 ? 256 : F == Format::f8_e4m3 ? 128 : 64, upper = is_quantised(F) ? 4 * high_block_bytes<F> : 0;
   static constexpr int shared = k_header || F == Format::q6_K ? 16 : 0, scales = is_quantised(F) ? 4 * scale_block_bytes<F> : 0;
   static constexpr int at_upper = codes, at_shared = at_upper + upper, at_scales = at_shared + shared, pitch = ((at_scales + scales + 15) / 16 | 1) * 16;
 };
@@ -80,6 +81,18 @@ __device__ __forceinline__ void expand(std::uint32_t to, const std::byte* piece,
         return pair<bf16>(f.x, f.y);
       };
       store_shared(chunk(c), two(v.x), two(v.y), two(v.z), two(v.w));
+    }
+  } else if constexpr (F == Format::f8_e4m3) {
+    const auto* from = reinterpret_cast<const uint4*>(piece + block * 32);
+#pragma unroll
+    for (int c = 0; c < 4; c += 2) {
+      const uint4 v = from[c / 2];
+      const auto two = [](std::uint32_t codes) {
+        const float2 f = half_pair_to_float(e4m3_pair_to_f16(codes));
+        return pair<bf16>(f.x, f.y);
+      };
+      store_shared(chunk(c), two(v.x & 0xffffu), two(v.x >> 16), two(v.y & 0xffffu), two(v.y >> 16));
+      store_shared(chunk(c + 1), two(v.z & 0xffffu), two(v.z >> 16), two(v.w & 0xffffu), two(v.w >> 16));
     }
   } else {
     using P = Piece<F>;
@@ -142,8 +155,8 @@ __device__ __forceinline__ void copy_unit(const Launch& t, int tile, int unit, s
       }
     }
   };
-  if constexpr (F == Format::f16) {
-    plane(std::integral_constant<int, P::codes>{}, within * 2, 0);
+  if constexpr (block_columns(F) == 1) {
+    plane(std::integral_constant<int, P::codes>{}, within * block_bytes(F), 0);
   } else {
     const int scales = scale_plane<F>(nb);
     plane(std::integral_constant<int, P::codes>{}, 16 * b, 0);
