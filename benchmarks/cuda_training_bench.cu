@@ -32,15 +32,8 @@ std::size_t memory_in_use() {
   return total - free;
 }
 
-/// GiB that the device gave out at a time.
-double most_of(const tl::Cuda& dev) {
-  std::uint64_t most = 0;
-  tl::cuda::check(cudaMemPoolGetAttribute(dev.pool(), cudaMemPoolAttrUsedMemHigh, &most), "cudaMemPoolGetAttribute");
-  return static_cast<double>(most) / (1 << 30);
-}
-
-void steps(tl::Cuda& dev, tl::index_t B, tl::index_t T, int count, tl::Checkpointing how, bool fp8) {
-  tl::Trainer<C, tl::Cuda> trainer(dev, {.peak_lr = 1e-4f, .precision = fp8 ? tl::Precision::fp8 : tl::Precision::bf16, .checkpointing = how, .tokens = T});
+void steps(tl::Cuda& dev, tl::index_t B, tl::index_t T, int count, tl::Checkpointing how, bool fp8, tl::Moments moments) {
+  tl::Trainer<C, tl::Cuda> trainer(dev, {.peak_lr = 1e-4f, .precision = fp8 ? tl::Precision::fp8 : tl::Precision::bf16, .moments = moments, .checkpointing = how, .tokens = T});
   std::vector<std::int32_t> ids(static_cast<std::size_t>(B * T)), next(ids.size());
   for (std::size_t i = 0; i < ids.size(); ++i)
     ids[i] = static_cast<std::int32_t>(tl::random_bits(1, i) % C::vocab), next[i] = static_cast<std::int32_t>(tl::random_bits(1, i + 1) % C::vocab);
@@ -53,13 +46,13 @@ void steps(tl::Cuda& dev, tl::index_t B, tl::index_t T, int count, tl::Checkpoin
     std::printf("step %d  loss %.4f  norm %.3f  %.1f ms\n", i + 1, static_cast<double>(loss), static_cast<double>(trainer.report().gradient_norm), 1e3 * (now() - start));
   }
   const double s = median(seconds), rate = static_cast<double>(B * T) / s;
-  const tl::TrainingPlan plan = tl::training_plan<C, tl::Cuda>({.batch = B, .tokens = T, .checkpointing = how, .precision = trainer.options().precision});
+  const tl::TrainingPlan plan = tl::training_plan<C, tl::Cuda>({.batch = B, .tokens = T, .checkpointing = how, .precision = trainer.options().precision, .moments = moments});
   std::printf("graphs launched: %d\n", tl::training_of(dev).repeated);
   C seen;
   const double flops = 6.0 * static_cast<double>(tl::matmul_parameter_count(seen)) + 12.0 * C::layers * C::hidden * static_cast<double>(T);
   std::printf("B=%d T=%d  %.1f ms a step (best %.1f)  %.0f tokens/s  %.1f TFLOP/s = %.1f%% of 989  %.1f GiB in use, %.2f GiB the trainer's, %.2f of the device at most, planned %.2f and %.2f\n", static_cast<int>(B), static_cast<int>(T), 1e3 * s,
               1e3 * *std::min_element(seconds.begin(), seconds.end()), rate, rate * flops * 1e-12, rate * flops / 989e10, static_cast<double>(memory_in_use()) / (1 << 30),
-              static_cast<double>(trainer.bytes()) / (1 << 30), most_of(dev), static_cast<double>(plan.total() - plan.scratch) / (1 << 30), static_cast<double>(plan.total()) / (1 << 30));
+              static_cast<double>(trainer.bytes()) / (1 << 30), static_cast<double>(dev.most_bytes_in_use()) / (1 << 30), static_cast<double>(plan.total() - plan.scratch) / (1 << 30), static_cast<double>(plan.total()) / (1 << 30));
 }
 
 /// One operation: milliseconds, times in a step, FLOPs and bytes.
@@ -148,20 +141,26 @@ void optimizer(tl::Cuda& dev) {
   const tl::Memory<tl::Cuda> state(dev, static_cast<std::size_t>(n) * 16), rounded(dev, static_cast<std::size_t>(n) * 2);
   auto* p = reinterpret_cast<float*>(state.data());
   tl::fill(dev, p, 4 * n, 1e-3f);
-  const tl::AdamwTask t{p, p + n, p + 2 * n, p + 3 * n, n, 1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f, 0.5f, 0.5f, 1.0f};
   const std::vector<tl::AdamwRange> ranges{{n, true}};
-  std::vector<double> update, norm;
-  for (int i = 0; i < 5; ++i) {
-    const tl::cuda::Event begin(true), middle(true), end(true);
-    begin.record(dev.stream());
-    tl::adamw(dev, t, ranges, reinterpret_cast<A*>(rounded.data()));
-    middle.record(dev.stream());
-    tl::sum_of_squares(dev, p, n);
-    end.record(dev.stream());
-    end.synchronize();
-    update.push_back(middle.since(begin)), norm.push_back(end.since(middle));
+  const auto time = [&](const std::string& name, double bytes, auto&& run) {
+    std::vector<double> s;
+    for (int i = 0; i < 5; ++i) {
+      const tl::cuda::Event begin(true), end(true);
+      begin.record(dev.stream());
+      run();
+      end.record(dev.stream());
+      end.synchronize();
+      s.push_back(end.since(begin));
+    }
+    std::printf("%-22s %9.3f ms  %.0f GB/s\n", name.c_str(), 1e3 * median(s), 1e-9 * bytes * static_cast<double>(n) / median(s));
+  };
+  for (const tl::MomentFormat& f : tl::moment_formats) {
+    const auto moment = [&](tl::index_t i) { return tl::MomentArray(f.moments, reinterpret_cast<std::byte*>(p + i), n); };
+    const tl::AdamwTask t{p, moment(n), moment(2 * n), p + 3 * n, n, 1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f, 0.5f, 0.5f, 1.0f};
+    if (f.moments != tl::Moments::f32) dev.zero(p + n, static_cast<std::size_t>(n) * 8);
+    time("adamw, moments " + std::string(f.name), 14 + 4 * static_cast<double>(tl::moment_bytes(f.moments, n)) / static_cast<double>(n), [&] { tl::adamw(dev, t, ranges, reinterpret_cast<A*>(rounded.data())); });
   }
-  std::printf("%-22s %9.3f ms  %.0f GB/s\n%-22s %9.3f ms  %.0f GB/s\n", "adamw", 1e3 * median(update), 30e-9 * static_cast<double>(n) / median(update), "norm", 1e3 * median(norm), 4e-9 * static_cast<double>(n) / median(norm));
+  time("norm", 4, [&] { tl::sum_of_squares(dev, p, n); });
 }
 
 }  // namespace
@@ -170,12 +169,15 @@ int main(int argc, char** argv) {
   const auto number = [&](int i, int otherwise) { return argc > i ? std::atoi(argv[i]) : otherwise; };
   const tl::index_t B = number(1, 16), T = number(2, 2048);
   const std::string how = argc > 4 ? argv[4] : "selective";
+  tl::Moments moments = tl::Moments::f32;
+  for (const tl::MomentFormat& f : tl::moment_formats)
+    if (argc > 7 && f.name == argv[7]) moments = f.moments;
   try {
     tl::Cuda dev;
     tl::training_of(dev).records = !(argc > 6 && std::string(argv[6]) == "plain");
     const bool cudnn = tl::training_of(dev).uses_cudnn(B, T, {C::heads, C::kv_heads, 64});
     std::printf("%s  attention: %s\n", dev.name().c_str(), cudnn ? "cuDNN" : tl::training_of(dev).cudnn_failure().c_str());
-    steps(dev, B, T, number(3, 8), how == "none" ? tl::Checkpointing::none : how == "layer" ? tl::Checkpointing::layer : tl::Checkpointing::selective, argc > 5 && std::string(argv[5]) == "fp8");
+    steps(dev, B, T, number(3, 8), how == "none" ? tl::Checkpointing::none : how == "layer" ? tl::Checkpointing::layer : tl::Checkpointing::selective, argc > 5 && std::string(argv[5]) == "fp8", moments);
   } catch (const std::exception& e) {
     std::printf("error: %s\n", e.what());
     return 1;

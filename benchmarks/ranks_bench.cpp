@@ -40,12 +40,10 @@ std::string of_the_card([[maybe_unused]] const D& dev) {
   if constexpr (D::host_memory) {
     return "";
   } else {
-    std::uint64_t most = 0;
     std::size_t free = 0, total = 0;
-    tl::cuda::check(cudaMemPoolGetAttribute(dev.pool(), cudaMemPoolAttrUsedMemHigh, &most), "cudaMemPoolGetAttribute");
     tl::cuda::check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
     char text[96];
-    std::snprintf(text, sizeof text, " (of its card at most %.2f, with CUDA and NCCL %.2f)", static_cast<double>(most) / (1 << 30), static_cast<double>(total - free) / (1 << 30));
+    std::snprintf(text, sizeof text, " (of its card at most %.2f, with CUDA and NCCL %.2f)", static_cast<double>(dev.most_bytes_in_use()) / (1 << 30), static_cast<double>(total - free) / (1 << 30));
     return text;
   }
 }
@@ -74,7 +72,7 @@ void run(Options& o) {
     if (!o.ranks.first() || seconds.empty()) return;
     const tl::index_t rows = (o.rows + o.ranks.size() - 1) / o.ranks.size();
     const tl::TrainingPlan plan = tl::training_plan<D>(c, {.batch = how.micro_rows > 0 ? std::min(rows, how.micro_rows) : rows, .tokens = o.tokens, .checkpointing = how.checkpointing,
-                                                           .precision = trainer.options().precision, .sharding = o.ranks.sharding(), .ranks = o.ranks.size()});
+                                                           .precision = trainer.options().precision, .moments = how.moments, .sharding = o.ranks.sharding(), .ranks = o.ranks.size()});
     std::sort(seconds.begin(), seconds.end());
     const double s = seconds[seconds.size() / 2], gib = static_cast<double>(trainer.bytes()) / (1 << 30);
     std::printf("%s %d ranks %s, %d rows of %d: %.1f ms a step (best %.1f), %.0f tokens/s, %.2f GiB of a rank%s, planned %.2f with scratch\n", o.preset.c_str(), o.ranks.size(),

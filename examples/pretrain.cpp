@@ -222,10 +222,10 @@ void pretrain(Options& o) {
     const auto newest = tl::latest_checkpoint(how.folder);
     const std::int64_t micro = learning.micro_rows > 0 ? learning.micro_rows : (o.batch + o.ranks.size() - 1) / o.ranks.size();
     const tl::TrainingPlan plan = tl::training_plan<D>(config, {.batch = micro, .tokens = T, .checkpointing = learning.checkpointing,
-                                                             .precision = trainer.options().precision, .threads = example::threads_of(dev), .sharding = o.ranks.sharding(),
+                                                             .precision = trainer.options().precision, .moments = learning.moments, .threads = example::threads_of(dev), .sharding = o.ranks.sharding(),
                                                              .ranks = o.ranks.size()});
     summary.update({{"checkpoint", newest ? newest->string() : ""}, {"resumed", resumed}, {"parameters", tl::parameter_count(config)},
-                    {"peak_flops", peak}, {"threads", example::threads_of(dev)}, {"ranks", o.ranks.size()}, {"instruction_set", example::instruction_set(dev)}, {"peak_bytes", example::status_bytes("VmHWM")},
+                    {"peak_flops", peak}, {"threads", example::threads_of(dev)}, {"ranks", o.ranks.size()}, {"instruction_set", example::instruction_set(dev)}, {"peak_bytes", example::peak_bytes(dev)},
                     {"planned_bytes", plan.total()}});
     if (o.as_json) {
       std::cout << summary << '\n';
@@ -234,7 +234,8 @@ void pretrain(Options& o) {
     std::cout << summary["tokens"] << " tokens";
     if (const double rate = summary["tokens_per_second"]; rate > 0) std::cout << " at " << std::llround(rate) << " a second";
     if (!summary["validation_loss"].is_null()) std::cout << "; validation loss " << summary["validation_loss"];
-    std::cout << "; " << (newest ? newest->string() : "no checkpoint") << '\n';
+    const auto gib = [](std::size_t bytes) { return std::to_string(static_cast<double>(bytes) / (1 << 30)).substr(0, 5) + " GiB"; };
+    std::cout << "; memory " << gib(summary["peak_bytes"]) << ", planned " << gib(plan.total()) << "; " << (newest ? newest->string() : "no checkpoint") << '\n';
   });
 }
 

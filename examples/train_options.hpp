@@ -16,7 +16,7 @@ namespace example {
 
 struct OptimizerOptions {
   tinyllama::TrainerOptions trainer;
-  std::string device = "cpu", decay = "matrices", precision = "bf16", checkpointing = "selective";
+  std::string device = "cpu", decay = "matrices", precision = "bf16", moments = "f32", checkpointing = "selective";
   std::vector<float> betas{0.9f, 0.95f};
   int threads = 0;
 
@@ -33,6 +33,7 @@ struct OptimizerOptions {
     app.add_option("--decay", decay, "what decays: matrices, or all (gains too)")->check(CLI::IsMember({"matrices", "all"}))->capture_default_str();
     app.add_option("--clip", trainer.clip, "of the gradient's global norm; 0: none")->capture_default_str();
     app.add_option("--precision", precision, "of the products: f32 or bf16; on a card fp8 too")->check(CLI::IsMember({"f32", "bf16", "fp8"}))->capture_default_str();
+    app.add_option("--moments", moments, "how AdamW's averages are stored: f32, bf16 (half the memory) or int8 (a quarter)")->check(CLI::IsMember({"f32", "bf16", "int8"}))->capture_default_str();
     app.add_option("--checkpointing", checkpointing, "what backward computes again: none, selective or layer")
         ->check(CLI::IsMember({"none", "selective", "layer"}))->capture_default_str();
     app.add_option("--seed", trainer.seed)->capture_default_str();
@@ -44,6 +45,8 @@ struct OptimizerOptions {
     o.beta1 = betas[0], o.beta2 = betas[1];
     o.decay = decay == "all" ? WeightDecay::all : WeightDecay::matrices;
     o.precision = precision == "f32" ? Precision::f32 : precision == "bf16" ? Precision::bf16 : Precision::fp8;
+    for (const MomentFormat& f : moment_formats)
+      if (f.name == moments) o.moments = f.moments;
     o.checkpointing = checkpointing == "none" ? Checkpointing::none : checkpointing == "layer" ? Checkpointing::layer : Checkpointing::selective;
     return o;
   }
@@ -77,6 +80,13 @@ template <class D>
 int threads_of(const D& dev) {
   if constexpr (requires { dev.threads(); }) return dev.threads();
   else return 0;
+}
+
+/// The most memory that was in use: of the device, or where that is the host's of the process.
+template <class D>
+std::size_t peak_bytes(const D& dev) {
+  if constexpr (requires { dev.most_bytes_in_use(); }) return dev.most_bytes_in_use();
+  else return status_bytes("VmHWM");
 }
 
 /// A flat array in the order of for_each_parameter as tensors under their Hugging Face names.

@@ -101,8 +101,8 @@ int main(int argc, char** argv) {
       if (!ranks.first()) return;
       const double rate = static_cast<double>(each * ids.shape(1)) * std::max(1, steps - 1) / seconds;
       if (as_json)
-        std::cout << nlohmann::json{{"losses", losses}, {"gradient_norms", norms}, {"tokens_per_second", rate}, {"peak_bytes", example::status_bytes("VmHWM")},
-                                    {"instruction_set", example::instruction_set(dev)}, {"precision", options.precision}, {"threads", example::threads_of(dev)},
+        std::cout << nlohmann::json{{"losses", losses}, {"gradient_norms", norms}, {"tokens_per_second", rate}, {"peak_bytes", example::peak_bytes(dev)},
+                                    {"instruction_set", example::instruction_set(dev)}, {"precision", options.precision}, {"moments", options.moments}, {"threads", example::threads_of(dev)},
                                     {"ranks", ranks.size()}, {"parallel", ranks.parallel()}, {"trainer_bytes", trainer.bytes()}} << '\n';
       else std::cout << rate << " tokens/s\n";
     });

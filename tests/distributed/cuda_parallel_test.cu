@@ -148,8 +148,9 @@ TEST_CASE_TEMPLATE("cuda parallel: what is shared does not change a bit", D, Cud
   TrainerOptions options = how();
   options.clip = 0, options.micro_rows = 0;
   const Batch batch(6);
-  for (const int ranks : {2, 3}) {
-    CAPTURE(ranks);
+  for (const auto& [ranks, moments] : {std::pair{2, Moments::f32}, {3, Moments::f32}, {2, Moments::bf16}, {3, Moments::int8}}) {
+    CAPTURE(ranks); CAPTURE(std::string(name(moments)));
+    options.moments = moments;
     const Outcome expected = together<small, D>(batch, options, ranks, Sharding::ddp).front();
     for (const Sharding s : {Sharding::zero1, Sharding::fsdp}) {
       CAPTURE(static_cast<int>(s));
@@ -201,16 +202,18 @@ TEST_CASE("cuda parallel: products in 8-bit floats, of weights that stay and of 
 TEST_CASE("cuda parallel: a rank has the memory of its shards, that of the plan") {
   if (no_card()) return;
   const Batch batch(2);
-  const auto bytes = [&](Sharding sharding) {
+  const auto bytes = [&](Sharding sharding, Moments moments = Moments::f32) {
     std::size_t n = 0;
     on_ranks(2, [&](ThreadRank& thread) {
       Cuda dev;
       CardRank<Cuda> m(thread, dev);
       Parallel<Cuda, CardRank<Cuda>> peers(m, {.sharding = sharding});
-      Trainer<wide, Cuda> t(dev, how(), {}, &peers);
+      TrainerOptions options = how();
+      options.moments = moments;
+      Trainer<wide, Cuda> t(dev, options, {}, &peers);
       const auto [inputs, targets] = batch.share(m.rank(), 2);
       t.step(inputs, targets);
-      const TrainingPlan plan = training_plan<wide, Cuda>({.batch = 1, .tokens = T, .sharding = sharding, .ranks = 2});
+      const TrainingPlan plan = training_plan<wide, Cuda>({.batch = 1, .tokens = T, .moments = moments, .sharding = sharding, .ranks = 2});
       if (t.bytes() != plan.total() - plan.scratch) throw Error("bytes", "", std::to_string(plan.total() - plan.scratch), std::to_string(t.bytes()));
       if (m.rank() == 0) n = t.bytes();
     });
@@ -219,6 +222,7 @@ TEST_CASE("cuda parallel: a rank has the memory of its shards, that of the plan"
   // Bytes a weight: 4 + 4 + 8 and the copy's 2; 2 + 2 own, 4 + 2 of the sum, 4; 8 and 1 own, and four buffers of parts.
   const double ddp = bytes(Sharding::ddp), zero1 = bytes(Sharding::zero1), fsdp = bytes(Sharding::fsdp);
   MESSAGE("bytes a weight, with activations: " << ddp << ", " << zero1 << ", " << fsdp);
+  for (const Sharding s : shardings) CHECK(bytes(s, Moments::int8) < bytes(s) - (s == Sharding::ddp ? 5.8 : 2.9));
   CHECK(zero1 < ddp - 2.5);
   CHECK(fsdp < zero1 - 2);
 }

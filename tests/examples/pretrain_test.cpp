@@ -326,6 +326,8 @@ TEST_CASE("pretrain: bad input is status 1 and one line that says what") {
   fails(tiny.arguments("good", with(steps, {"--seed", "5"})), {"training_state.json", "seed", "expected 5", "found 1"});
   fails(tiny.arguments("good", {"--steps", "9"}), {"training_state.json", "schedule", "at step 1"});
   fails(tiny.arguments("good", with(steps, {"--precision", "f32"})), {"precision", "f32", "bf16"});
+  fails(tiny.arguments("good", with(steps, {"--moments", "int8"})), {"moments", "expected int8", "found f32"});
+  CHECK(run(tiny.arguments("good", with(steps, {"--moments", "f16"}))).status == 2);
   fails(tiny.arguments("good", with(steps, {"--fresh"})), {"good", "step-00000004"});
   CHECK(content(tiny.tmp / "good" / "log.csv") == log);  // nobody touched it
   fails(tiny.arguments("none", with(steps, {"--resume"})), {"none", "checkpoint"});

@@ -277,6 +277,90 @@ TEST_CASE("cuda training: AdamW on ranges that decay and do not, with the rounde
   }
 }
 
+// As kernels/moments_test.cpp has it on the CPU: sums that differ in their last bits may fall on either side of where a code changes.
+TEST_CASE("cuda training: AdamW with moments in bf16 and 8 bits, on ranges that end inside of blocks") {
+  if (no_card()) return;
+  tl::Cuda dev;
+  tl::Cpu cpu = reference();
+  for (const tl::Moments format : {tl::Moments::bf16, tl::Moments::int8})
+    for (const tl::index_t n : {tl::index_t{1}, tl::index_t{7}, tl::index_t{256}, tl::index_t{258}, tl::index_t{4098}, tl::index_t{100'003}}) {
+      CAPTURE(n); CAPTURE(std::string(tl::name(format)));
+      Floats p = random<tl::CudaF32>(n, 1), m = random<tl::CudaF32>(n, 2, 1e-3f), v = random<tl::CudaF32>(n, 3, 10.0f);
+      for (std::size_t i = 0; i < v.size(); ++i) v[i] = 1e-5f * std::exp(v[i]), m[i] *= std::sqrt(v[i]);
+      const Floats g = random<tl::CudaF32>(n, 4, 1e-3f);
+      const OnCard<tl::Cuda, float> cp(dev, p), cg(dev, g);
+      const OnCard<tl::Cuda, tl::bf16> rounded(dev, n);
+      std::vector<tl::AdamwRange> ranges{{n, true}};
+      if (n > 1000) ranges = {{10, false}, {4, true}, {800, false}, {3271, true}, {n - 4085, false}};
+      const std::size_t bytes = tl::moment_bytes(format, n);
+      std::vector<std::byte> hm(bytes), hv(bytes);
+      const tl::MomentArray am(format, hm.data(), n), av(format, hv.data(), n);
+      tl::encode_moment(am, false, m.data(), n), tl::encode_moment(av, true, v.data(), n);
+      const tl::Memory<tl::Cuda> dm(dev, bytes), dv(dev, bytes);
+      dev.upload(dm.data(), hm.data(), bytes), dev.upload(dv.data(), hv.data(), bytes);
+      tl::AdamwTask t{p.data(), am, av, g.data(), n, 1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 0.19f, 0.0975f, 0.7f};
+      t.key = 77, t.place = 5;
+      tl::adamw(cpu, t, ranges, nullptr);
+      t.p = cp.data(), t.m = tl::MomentArray(format, dm.data(), n), t.v = tl::MomentArray(format, dv.data(), n), t.gradient = cg.data();
+      tl::adamw(dev, t, ranges, rounded.data());
+      CHECK(relative_error(Floats(cp), p) < 1e-6);
+      const Floats now = cp, copy = rounded;
+      bool same = true;
+      for (std::size_t i = 0; i < now.size(); ++i) same = same && copy[i] == static_cast<float>(static_cast<tl::bf16>(now[i]));
+      CHECK(same);
+      for (const bool second : {false, true}) {
+        std::vector<std::byte> found(bytes);
+        dev.download(found.data(), second ? dv.data() : dm.data(), bytes);
+        Floats expected(p.size()), got(p.size());
+        tl::decode_moment(second ? av : am, second, expected.data(), n), tl::decode_moment(tl::MomentArray(format, found.data(), n), second, got.data(), n);
+        int other = 0;
+        double worst = 0, most = 0;
+        for (std::size_t i = 0; i < got.size(); ++i) {
+          const double difference = std::fabs(static_cast<double>(got[i]) - expected[i]);
+          other += difference > 1e-5 * std::fabs(expected[i]), worst = std::max(worst, difference / (std::fabs(expected[i]) + 1e-30)), most = std::max<double>(most, std::fabs(got[i]));
+        }
+        CHECK(most > 0);
+        CHECK(other <= 1 + n / 1000);
+        if (n < 1000 || second) CHECK(worst <= (format == tl::Moments::bf16 ? 0x1p-7 : 0x1p-3));
+      }
+    }
+}
+
+TEST_CASE_TEMPLATE("cuda training: moments in fewer bits: what f32 learns, the same bits each time and behind a checkpoint, memory as planned", D, tl::CudaF32, tl::Cuda) {
+  if (no_card()) return;
+  const Golden<golden_gqa> g;
+  const auto learn = [&](tl::Moments moments) {
+    D dev;
+    tl::training_of(dev).plain_attention = true;
+    tl::TrainerOptions options = as_golden();
+    options.moments = moments;
+    tl::Trainer<golden_gqa, D> t(dev, g.file, options);
+    const Floats before = t.host(t.weights()).own;
+    for (int i = 0; i < 10; ++i) t.step(g.inputs, g.targets);
+    // A restart in between, by way of the host.
+    tl::Trainer<golden_gqa, D> u(dev, g.file, options);
+    u.put(u.weights(), t.host(t.weights()).own), u.put(u.first_moment(), t.host(t.first_moment()).values), u.put(u.second_moment(), t.host(t.second_moment()).values);
+    u.resume(10);
+    for (int i = 0; i < 10; ++i) t.step(g.inputs, g.targets), u.step(g.inputs, g.targets);
+    CHECK(u.host(u.weights()).own == t.host(t.weights()).own);
+    CHECK(u.host(u.second_moment()).own == t.host(t.second_moment()).own);
+    const auto plan = tl::training_plan<golden_gqa, D>({.batch = 2, .tokens = T, .moments = moments, .logits_rows = 40});
+    CHECK(t.bytes() == plan.total() - plan.scratch);
+    Floats moved = t.host(t.weights()).own;
+    for (std::size_t i = 0; i < moved.size(); ++i) moved[i] -= before[i];
+    return moved;
+  };
+  const Floats expected = learn(tl::Moments::f32);
+  for (const tl::Moments moments : {tl::Moments::bf16, tl::Moments::int8}) {
+    CAPTURE(std::string(tl::name(moments)));
+    const Floats found = learn(moments);
+    CHECK(learn(moments) == found);
+    MESSAGE(tl::name(moments) << ": path " << relative_error(found, expected));
+    const double products = exact_device<D> ? 0 : 0.02;  // a weight that lies between two of bf16's may round to either
+    CHECK(relative_error(found, expected) < products + (moments == tl::Moments::bf16 ? 5e-3 : 7e-2));
+  }
+}
+
 TEST_CASE_TEMPLATE("cuda training: dropout drops what the CPU drops; scale and add", D, tl::CudaF32, tl::Cuda) {
   if (no_card()) return;
   using A = typename D::activation;

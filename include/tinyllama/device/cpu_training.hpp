@@ -244,25 +244,53 @@ inline void embedding_backward(Cpu& dev, View<float, dyn, dyn> table, std::span<
   });
 }
 
+namespace detail {
+/// The task of elements [begin, end) of t, where a block begins.
+inline AdamwTask part_of(const AdamwTask& t, index_t begin, index_t end) {
+  AdamwTask part = t;
+  part.p += begin, part.m = t.m.from(begin), part.v = t.v.from(begin), part.gradient += begin, part.n = end - begin, part.place += static_cast<std::uint32_t>(begin);
+  return part;
+}
+}  // namespace detail
+
 /// One step of AdamW on task.n weights.
 inline void adamw(Cpu& dev, const AdamwTask& task) {
+  static_assert(detail::stretch % moment_block == 0);
   const TrainingKernels& kernels = training_kernels(dev);
-  dev.parallel_for(task.n, detail::stretch, [&](index_t begin, index_t end) {
-    AdamwTask t = task;
-    t.p += begin, t.m += begin, t.v += begin, t.gradient += begin, t.n = end - begin;
-    kernels.adamw(t);
-  });
+  dev.parallel_for(task.n, detail::stretch, [&](index_t begin, index_t end) { kernels.adamw(detail::part_of(task, begin, end)); });
 }
 
 /// The same on the ranges that make up the flat arrays of `task`, of which task.decay is where a range decays. Products read the weights themselves.
 inline void adamw(Cpu& dev, const AdamwTask& task, std::span<const AdamwRange> ranges, float*) {
-  AdamwTask t = task;
-  if (t.scale_at) t.scale = *t.scale_at;
-  if (std::isnan(t.scale)) return;
-  for (const AdamwRange& r : ranges) {
-    t.n = r.n, t.decay = r.decays ? task.decay : 0.0f;
+  if (task.scale_at) {
+    AdamwTask known = task;
+    known.scale = *task.scale_at, known.scale_at = nullptr;
+    return adamw(dev, known, ranges, nullptr);
+  }
+  if (std::isnan(task.scale)) return;
+  const index_t block = info(task.m.format).block;
+  index_t done = 0, begin = 0;
+  for (std::size_t r = 0; r < ranges.size(); begin += ranges[r++].n) {
+    const index_t end = begin + ranges[r].n, whole = end == task.n ? end : end / block * block;
+    if (done < begin && begin < task.n) {  // the block in which the range before ends, and others may: weights decay by themselves there
+      const index_t block_end = std::min(task.n, done + block);
+      index_t from = 0;
+      for (const AdamwRange& other : ranges) {
+        const index_t first = std::max(from, done), last = std::min(from + other.n, block_end);
+        if (other.decays)
+          for (index_t i = first; i < last; ++i) task.p[i] *= 1.0f - task.lr * task.decay;
+        from += other.n;
+      }
+      AdamwTask mixed = detail::part_of(task, done, block_end);
+      mixed.decay = 0.0f;
+      adamw(dev, mixed);
+      done = block_end;
+    }
+    if (whole <= done) continue;
+    AdamwTask t = detail::part_of(task, done, whole);
+    t.decay = ranges[r].decays ? task.decay : 0.0f;
     adamw(dev, t);
-    t.p += r.n, t.m += r.n, t.v += r.n, t.gradient += r.n;
+    done = whole;
   }
 }
 

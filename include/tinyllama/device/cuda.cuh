@@ -75,6 +75,9 @@ class CudaDevice {
   int capability() const { return capability_; }
   cudaStream_t stream() const { return stream_.get(); }
   cudaMemPool_t pool() const { return pool_.get(); }
+  /// Bytes of the card that this device has given out, its own scratch included; and the most that it ever had.
+  std::size_t bytes_in_use() const { return pool_.used(); }
+  std::size_t most_bytes_in_use() const { return pool_.most_used(); }
   /// Waits for all that was asked for.
   void synchronize() const { stream_.synchronize(); }
 

@@ -162,8 +162,16 @@ class Pool : public Owned<cudaMemPool_t, cudaMemPoolDestroy> {
     unsigned long long all = ~0ull;
     check(cudaMemPoolSetAttribute(get(), cudaMemPoolAttrReleaseThreshold, &all), "cudaMemPoolSetAttribute");
   }
+  /// Bytes that are given out, and the most that ever were.
+  std::size_t used() const { return attribute(cudaMemPoolAttrUsedMemCurrent); }
+  std::size_t most_used() const { return attribute(cudaMemPoolAttrUsedMemHigh); }
 
  private:
+  std::size_t attribute(cudaMemPoolAttr which) const {
+    unsigned long long n = 0;
+    check(cudaMemPoolGetAttribute(get(), which, &n), "cudaMemPoolGetAttribute");
+    return static_cast<std::size_t>(n);
+  }
   static cudaMemPool_t create(int card) {
     cudaMemPoolProps props = {};
     props.allocType = cudaMemAllocationTypePinned;

@@ -341,8 +341,8 @@ template <class A>
 void CudaTraining<A>::adamw(const AdamwTask& task, std::span<const AdamwRange> ranges, A* rounded) {
   const cuda::Current here(dev_->card());
   // The scales of the next step are made for what this one has seen.
-  ++weights_version_, ++steps_;
-  if (scales_) cuda::rescale(dev_->stream(), reinterpret_cast<cuda::Fp8Scale*>(scales_->data()), most_scales, reinterpret_cast<const std::uint8_t*>(scales_->data() + most_scales * sizeof(cuda::Fp8Scale)));
+  if (!task.goes_on) ++weights_version_, ++steps_;
+  if (!task.goes_on && scales_) cuda::rescale(dev_->stream(), reinterpret_cast<cuda::Fp8Scale*>(scales_->data()), most_scales, reinterpret_cast<const std::uint8_t*>(scales_->data() + most_scales * sizeof(cuda::Fp8Scale)));
   if constexpr (std::is_same_v<A, bf16>) cuda::adamw(dev_->stream(), task, ranges, rounded);
   else cuda::adamw(dev_->stream(), task, ranges, nullptr);
 }

@@ -136,12 +136,20 @@ inline void cross_entropy(float* gradient, const float* logits, index_t n, std::
 }
 
 inline void adamw(const AdamwTask& t) {
-  for (index_t i = 0; i < t.n; ++i) {
-    const double g = static_cast<double>(t.gradient[i]) * t.scale;
-    const double m = static_cast<double>(t.beta1) * t.m[i] + (1.0 - t.beta1) * g, v = static_cast<double>(t.beta2) * t.v[i] + (1.0 - t.beta2) * g * g;
-    const double p = t.p[i] * (1.0 - static_cast<double>(t.lr) * t.decay);
-    t.m[i] = static_cast<float>(m), t.v[i] = static_cast<float>(v);
-    t.p[i] = static_cast<float>(p - t.lr * (m / t.correction1) / (std::sqrt(v / t.correction2) + t.eps));
+  for (index_t at = 0; at < t.n; at += moment_block) {
+    const index_t n = std::min(moment_block, t.n - at);
+    float m[moment_block], v[moment_block];
+    decode_moment(t.m.from(at), false, m, n), decode_moment(t.v.from(at), true, v, n);
+    for (index_t i = 0; i < n; ++i) {
+      const double g = static_cast<double>(t.gradient[at + i]) * t.scale;
+      const double m1 = static_cast<double>(t.beta1) * m[i] + (1.0 - t.beta1) * g, v1 = static_cast<double>(t.beta2) * v[i] + (1.0 - t.beta2) * g * g;
+      const double p = t.p[at + i] * (1.0 - static_cast<double>(t.lr) * t.decay);
+      m[i] = static_cast<float>(m1), v[i] = static_cast<float>(v1);
+      t.p[at + i] = static_cast<float>(p - t.lr * (m1 / t.correction1) / (std::sqrt(v1 / t.correction2) + t.eps));
+    }
+    const auto bits = [&](index_t i) { return rounding_bits(t.key, t.place + static_cast<std::uint32_t>(at + i)); };
+    encode_moment(t.m.from(at), false, m, n, [&](index_t i) { return bits(i) & 0xffffu; });
+    encode_moment(t.v.from(at), true, v, n, [&](index_t i) { return bits(i) >> 16; });
   }
 }
 

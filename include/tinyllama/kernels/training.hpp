@@ -2,6 +2,7 @@
 #pragma once
 
 #include "tinyllama/kernels/kernels.hpp"
+#include "tinyllama/kernels/moments.hpp"
 
 namespace tinyllama {
 
@@ -58,13 +59,16 @@ constexpr std::size_t flash_scratch(index_t tokens, index_t head_dim, bool backw
 
 /// AdamW on n weights (arXiv 1711.05101): p -= lr decay p; m, v averages of g and g^2 for g = scale gradient; p -= lr m' / (sqrt(v') + eps).
 struct AdamwTask {
-  float *p, *m, *v;
+  float* p;
+  MomentArray m, v;                // of one format; from the first weight of a block on
   const float* gradient;
   index_t n;
   float lr, beta1, beta2, eps, decay;
   float correction1, correction2;  // 1 - beta^step
   float scale;                     // clipping
   const float* scale_at = nullptr;  // where it is known on the device only: its place there (StepSums::scale), instead of `scale`
+  std::uint32_t key = 0, place = 0;  // of the rounding of moments: the step's, and p's place in the flat array
+  bool goes_on = false;              // another part of the step's weights came before
 };
 
 /// What a step sums up, in the device's memory: the host need not see it before the step is done.

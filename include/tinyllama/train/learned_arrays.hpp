@@ -4,6 +4,9 @@
 //   alone, ddp   whole        whole        whole
 //   zero1        whole, or own shards where products read another array    own shards    whole
 //   fsdp         own shards   own shards   own shards; a part is gathered while it computes
+//
+// Moments that are not f32 lie by themselves. Those in blocks begin anew with each part, and shards are whole blocks, so that what shares a scale does not depend on
+// who has which shard.
 #pragma once
 
 #include <algorithm>
@@ -29,6 +32,20 @@ struct HostArray {
   std::span<float> values;
 };
 
+/// One of AdamW's averages, as host(), put() and whole() of a trainer take it; where it is stored in f32, a span of the device's memory.
+struct StoredMoment {
+  MomentArray array;
+  bool second = false;
+  index_t n = 0;  // elements as the host sees them: all, or own shards with what pads them
+
+  /// Throws Error where it is not f32.
+  operator std::span<float>() const {
+    if (array.format != Moments::f32) throw Error("trainer", second ? "second moment" : "first moment", "f32, to be read as it lies", std::string(name(array.format)));
+    return {array.floats(), static_cast<std::size_t>(n)};
+  }
+  operator std::span<const float>() const { return static_cast<std::span<float>>(*this); }
+};
+
 /// The arrays, each in the order of for_each_parameter (with LoRA: of for_each_adapter); and learned(), what a pass makes of them.
 template <Config C, TrainingDevice D>
 class LearnedArrays {
@@ -38,11 +55,16 @@ class LearnedArrays {
   static constexpr bool rounds = !std::is_same_v<A, float>;  // products read a copy of the values in A
 
   LearnedArrays(D& dev, const C& config, const TrainerOptions& options, Peers<D>* peers)
-      : dev_(&dev), config_(config), options_(&options), peers_(peers), partition_(Partition::of(config, options.lora, peers ? peers->ranks() : 1)) {
+      : dev_(&dev), config_(config), options_(&options), peers_(peers), partition_(Partition::of(config, options.lora, peers ? peers->ranks() : 1, std::max(cache_line, info(options.moments).block))) {
+    moments_at_ = owns_all() ? Partition::of(config, options.lora, 1, info(options.moments).block) : partition_;
     const auto all = static_cast<std::size_t>(size()), own = static_cast<std::size_t>(partition_.own_size());
-    const std::size_t values = shards_values() ? own : all, gradient = sharding() == Sharding::fsdp ? own : all, moments = owns_all() ? all : own;
+    const std::size_t values = shards_values() ? own : all, gradient = sharding() == Sharding::fsdp ? own : all, moments = in_f32() ? static_cast<std::size_t>(moments_at_.own_size()) : 0;
     begin_ = {0, values, values + gradient, values + gradient + moments, values + gradient + 2 * moments};
     state_ = floats(begin_.back());
+    if (!in_f32()) {
+      moments_ = Memory<D>(dev, 2 * moment_bytes(options.moments, moments_at_.own_size()));
+      dev.zero(moments_.data(), moments_.bytes());
+    }
     const auto elements = static_cast<std::size_t>(parameter_count(config_));
     if (options.lora) frozen_ = floats(elements);
     if constexpr (rounds) {
@@ -74,8 +96,8 @@ class LearnedArrays {
 
   std::span<float> values() { return array(0); }
   std::span<float> gradients() { return array(1); }
-  std::span<float> first_moment() { return array(2); }
-  std::span<float> second_moment() { return array(3); }
+  /// m, and `second` v.
+  StoredMoment stored_moment(bool second) { return {moment(second), second, owns_all() ? size() : partition_.own_size()}; }
   /// The model's weights: what is learned, or with LoRA what stays.
   std::span<float> weights() {
     return options_->lora ? std::span<float>(reinterpret_cast<float*>(frozen_.data()), static_cast<std::size_t>(parameter_count(config_))) : values();
@@ -83,7 +105,7 @@ class LearnedArrays {
   /// Of what this rank owns, summed over the ranks, once they are; the padding between shards is 0.
   std::span<const float> own_gradients() const { return {own_gradients_, static_cast<std::size_t>(owns_all() ? size() : partition_.own_size())}; }
   void own_gradients(const float* complete) { own_gradients_ = complete; }
-  std::size_t bytes() const { return frozen_.bytes() + state_.bytes() + rounded_.bytes() + rounded_own_.bytes() + gains_.bytes() + (peers_ ? peers_->bytes() : 0); }
+  std::size_t bytes() const { return frozen_.bytes() + state_.bytes() + moments_.bytes() + rounded_.bytes() + rounded_own_.bytes() + gains_.bytes() + (peers_ ? peers_->bytes() : 0); }
 
   LearnedWeights<C, A>& learned() { return learned_; }
   /// For a pass whose weights come and go.
@@ -95,8 +117,8 @@ class LearnedArrays {
     if (peers_)
       if (const std::span<float> seen = magnitudes(*dev_); !seen.empty()) peers_->most_on_device(seen);
     for (const Piece& piece : pieces_) {
-      t.n = piece.n, t.decay = decay;
-      t.p = values().data() + piece.value, t.m = first_moment().data() + piece.own, t.v = second_moment().data() + piece.own, t.gradient = own_gradients_ + piece.own;
+      t.n = piece.n, t.decay = decay, t.place = static_cast<std::uint32_t>(piece.flat), t.goes_on = &piece != &pieces_.front();
+      t.p = values().data() + piece.value, t.m = moment(false).from(piece.moment), t.v = moment(true).from(piece.moment), t.gradient = own_gradients_ + piece.own;
       adamw(*dev_, t, piece.ranges, (shards_values() ? own_products() : products()) + piece.value);
     }
     share();
@@ -152,6 +174,28 @@ class LearnedArrays {
     return h;
   }
 
+  /// A moment for the host, in f32: what it is, or what it decodes to.
+  HostArray host(const StoredMoment& of) {
+    if (in_f32()) return host(static_cast<std::span<float>>(of));
+    HostArray h;
+    h.own.resize(static_cast<std::size_t>(of.n));
+    h.values = h.own;
+    with_host_moment(of.array, [&](const MomentArray& m) {
+      each_moment([&](index_t at, index_t to, index_t n) { decode_moment(m.from(at), of.second, h.own.data() + to, n); });
+      return false;
+    });
+    return h;
+  }
+  /// The host's values become those of a moment, to the nearest that its format has: those of host() exactly.
+  void put(const StoredMoment& to, std::span<const float> from) {
+    if (in_f32()) return put(static_cast<std::span<float>>(to), from);
+    if (static_cast<index_t>(from.size()) != to.n) throw Error("trainer", "values", std::to_string(to.n), std::to_string(from.size()));
+    with_host_moment(to.array, [&](const MomentArray& m) {
+      each_moment([&](index_t at, index_t in, index_t n) { encode_moment(m.from(at), to.second, from.data() + in, n); });
+      return true;
+    });
+  }
+
   /// The gradients that are always added to are cleared: of gains, and of an embedding that is not the head too.
   void clear_small() {
     if (options_->lora) return;
@@ -163,9 +207,9 @@ class LearnedArrays {
   }
 
  private:
-  /// Of what this rank owns, what AdamW takes at a time: `value` and `own` are where it begins among values, and among moments.
+  /// Of what this rank owns, what AdamW takes at a time: where it begins among values, complete gradients and moments, and in the flat array.
   struct Piece {
-    index_t value = 0, own = 0, n = 0;
+    index_t value = 0, own = 0, moment = 0, flat = 0, n = 0;
     std::vector<AdamwRange> ranges;
   };
   /// Elements of the gains that this rank owns, to their place among all.
@@ -179,6 +223,7 @@ class LearnedArrays {
     return m;
   }
   std::span<float> array(std::size_t which) { return {reinterpret_cast<float*>(state_.data()) + begin_[which], begin_[which + 1] - begin_[which]}; }
+  bool in_f32() const { return options_->moments == Moments::f32; }
   index_t gain_count() const { return 2 * index_t{config_.layers} + 1; }
   static constexpr index_t first_gain(int part) { return 2 * (index_t{part} - 1); }
   bool always_added(const Parameter& p) const { return p.role == Role::gain || (p.role == Role::embedding && !config_.tied); }
@@ -240,17 +285,53 @@ class LearnedArrays {
           piece.n += c.size();
         }
     };
+    if (!in_f32()) {  // blocks begin with a part, and rounding depends on the place in the flat array: parts together where both go on
+      for (int p = 0; p < partition_.parts(); ++p) {
+        const Interval mine = owns_all() ? partition_.part(p) : partition_.shard(p, peers_->rank());
+        if (mine.empty()) continue;
+        const index_t own = partition_.own_offset(p);
+        const Piece here{shards_values() ? own : mine.begin, owns_all() ? mine.begin : own, moments_at_.own_offset(p), mine.begin, 0, {}};
+        const auto follows = [&](const Piece& a) { return a.value + a.n == here.value && a.own + a.n == here.own && a.moment + a.n == here.moment && a.flat + a.n == here.flat; };
+        add(!pieces_.empty() && follows(pieces_.back()) ? pieces_.back() : pieces_.emplace_back(here), mine);
+      }
+      return;
+    }
     if (owns_all()) return add(pieces_.emplace_back(), {0, size()});
     each_shard([&](int part, const Interval& mine) {
       if (mine.empty()) return;
-      if (!shards_values()) return add(pieces_.emplace_back(Piece{mine.begin, partition_.own_offset(part), 0, {}}), mine);
+      const index_t own = partition_.own_offset(part);
+      if (!shards_values()) return add(pieces_.emplace_back(Piece{mine.begin, own, own, mine.begin, 0, {}}), mine);
       // Shards one behind the other, with what pads them, which is 0 and stays so: one launch on a card.
-      if (pieces_.empty()) pieces_.push_back({partition_.own_offset(part), partition_.own_offset(part), 0, {}});
+      if (pieces_.empty()) pieces_.push_back({own, own, own, mine.begin, 0, {}});
       Piece& all = pieces_.back();
       if (const index_t padding = partition_.own_offset(part) - all.own - all.n; padding > 0) all.ranges.back().n += padding, all.n += padding;
       add(all, mine);
     });
   }
+  MomentArray moment(bool second) {
+    if (in_f32()) return array(second ? 3 : 2).data();
+    return {options_->moments, moments_.data() + (second ? moments_.bytes() / 2 : 0), moments_at_.own_size()};
+  }
+  /// f(the moment in the host's memory); what f changed, and then returns true for, goes back.
+  template <class F>
+  void with_host_moment(const MomentArray& m, F&& f) {
+    if constexpr (D::host_memory) {
+      f(m);
+    } else {
+      std::vector<std::byte> copy(moments_.bytes() / 2);
+      dev_->download(copy.data(), m.elements, copy.size());
+      if (f(MomentArray(m.format, copy.data(), moments_at_.own_size()))) dev_->upload(m.elements, copy.data(), copy.size());
+    }
+  }
+  /// f(where it begins among the moments, where for the host, elements) for what this rank has of each part.
+  template <class F>
+  void each_moment(F&& f) const {
+    for (int p = 0; p < partition_.parts(); ++p) {
+      if (owns_all()) f(moments_at_.own_offset(p), partition_.part(p).begin, partition_.part(p).size());
+      else f(partition_.own_offset(p), partition_.own_offset(p), partition_.shards(p).chunk);
+    }
+  }
+
   /// f(part, this rank's shard of it)
   template <class F>
   void each_shard(F&& f) const {
@@ -299,8 +380,10 @@ class LearnedArrays {
   const TrainerOptions* options_;
   Peers<D>* peers_;
   Partition partition_;
+  Partition moments_at_;   // where a part's moments lie: among those of all parts in whole blocks, or of own shards
   Memory<D> frozen_;       // with LoRA: the model's weights, in f32
-  Memory<D> state_;        // of what is learned: values, gradient, first and second moment
+  Memory<D> state_;        // of what is learned: values, gradient, first and second moment where these are f32
+  Memory<D> moments_;      // where they are not: elements and scales of the first, and of the second
   std::array<std::size_t, 5> begin_{};  // where they begin in it, and the end
   Memory<D> rounded_;      // what products read where that is not f32: with LoRA the model's weights, then what is learned
   Memory<D> rounded_own_;  // the same of this rank's shards, on their way to the others

@@ -30,10 +30,10 @@ struct Shards {
 /// Buffers for whole parts that fsdp goes round with, for weights and for gradients: one computes, one travels; a tied embedding stays until the head has used it.
 constexpr int fsdp_buffers(bool tied) { return tied ? 3 : 2; }
 
-/// Chunks are whole cache lines of f32. The layers, the embedding and the head of the 1.1B model come out even for 2, 4 ... 128 ranks, which is what
+/// Chunks are whole lines: cache lines of f32, or what shares a scale among quantised moments. The layers, the embedding and the head of the 1.1B model come out even for 2, 4 ... 128 ranks, which is what
 /// lets NCCL take its fastest way.
-constexpr Shards shards_of(index_t n, int ranks) {
-  constexpr index_t line = 16;
+inline constexpr index_t cache_line = 16;
+constexpr Shards shards_of(index_t n, int ranks, index_t line = cache_line) {
   return {n, ((n + ranks - 1) / ranks + line - 1) / line * line};
 }
 
@@ -66,21 +66,21 @@ class Partition {
  public:
   Partition() = default;
   /// `sizes`: elements of each part; a part may be empty.
-  Partition(const std::vector<index_t>& sizes, int ranks) : ranks_(ranks) {
+  Partition(const std::vector<index_t>& sizes, int ranks, index_t line = cache_line) : ranks_(ranks), line_(line) {
     for (const index_t n : sizes) {
       const index_t begin = parts_.empty() ? 0 : parts_.back().end;
       parts_.push_back({begin, begin + n});
       offsets_.push_back(own_);
-      own_ += shards_of(n, ranks).chunk;
+      own_ += shards_of(n, ranks, line).chunk;
     }
   }
   /// Of all weights, or of their adapters.
   template <Config C>
-  static Partition of(const C& c, const std::optional<LoraOptions>& lora, int ranks) {
+  static Partition of(const C& c, const std::optional<LoraOptions>& lora, int ranks, index_t line = cache_line) {
     std::vector<index_t> sizes(static_cast<std::size_t>(c.layers) + 2, 0);
     if (lora) for_each_adapter(c, *lora, [&](const Adapter& a) { sizes[static_cast<std::size_t>(a.target.layer) + 1] += a.end() - a.a; });
     else for_each_part(c, [&](int part, index_t n) { sizes[static_cast<std::size_t>(part)] = n; });
-    return {sizes, ranks};
+    return {sizes, ranks, line};
   }
 
   int ranks() const { return ranks_; }
@@ -88,7 +88,7 @@ class Partition {
   index_t size() const { return parts_.empty() ? 0 : parts_.back().end; }
   /// Where the part lies in the flat array.
   Interval part(int p) const { return parts_[static_cast<std::size_t>(p)]; }
-  Shards shards(int p) const { return shards_of(part(p).size(), ranks_); }
+  Shards shards(int p) const { return shards_of(part(p).size(), ranks_, line_); }
   /// The rank's shard of the part, in the flat array.
   Interval shard(int p, int rank) const {
     const Interval s = shards(p).of(rank);
@@ -100,6 +100,7 @@ class Partition {
 
  private:
   int ranks_ = 1;
+  index_t line_ = cache_line;
   std::vector<Interval> parts_;
   std::vector<index_t> offsets_;
   index_t own_ = 0;
@@ -110,10 +111,10 @@ struct PartitionSizes {
   index_t own = 0, largest_part = 0, largest_shard = 0;
 };
 template <Config C>
-constexpr PartitionSizes partition_sizes(const C& c, int ranks) {
+constexpr PartitionSizes partition_sizes(const C& c, int ranks, index_t line = cache_line) {
   PartitionSizes s;
   for_each_part(c, [&](int, index_t n) {
-    const index_t chunk = shards_of(n, ranks).chunk;
+    const index_t chunk = shards_of(n, ranks, line).chunk;
     s.own += chunk, s.largest_part = std::max(s.largest_part, chunk * ranks), s.largest_shard = std::max(s.largest_shard, chunk);
   });
   return s;

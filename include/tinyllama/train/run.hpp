@@ -79,7 +79,10 @@ class TrainingRun {
       if (it == found.end() || *it != value)
         throw Error(file, key, detail::json_text(value) + ", as this run has it", it == found.end() ? "nothing" : detail::json_text(*it));
     };
-    for (const auto& [key, value] : ours.items()) agree(run, key, value);
+    for (const auto& [key, value] : ours.items())
+      if (key != "moments") agree(run, key, value);
+    const std::string ours_in(name(trainer_->options().moments)), theirs_in = run.value("moments", "f32");  // older runs do not say
+    if (ours_in != theirs_in) throw Error(file, "moments", ours_in + ", as this run has them", theirs_in);
     agree(state, "order of the data", data_order());  // last: it tells that seed, blocks, mix or stages differ, but not which
     const detail::JsonObject o(whole, file);
     const detail::json* const step = o.find("step");
@@ -187,7 +190,7 @@ class TrainingRun {
   detail::json agreement() const {
     const TrainerOptions& o = trainer_->options();
     return {{"seed", o.seed}, {"tokens", o.tokens}, {"rows", data_->global_rows(0)}, {"micro_rows", o.micro_rows}, {"logits_rows", o.logits_rows},
-            {"precision", o.precision == Precision::f32 ? "f32" : o.precision == Precision::bf16 ? "bf16" : "fp8"}, {"beta1", o.beta1}, {"beta2", o.beta2}, {"eps", o.eps},
+            {"precision", o.precision == Precision::f32 ? "f32" : o.precision == Precision::bf16 ? "bf16" : "fp8"}, {"moments", name(o.moments)}, {"beta1", o.beta1}, {"beta2", o.beta2}, {"eps", o.eps},
             {"weight_decay", o.weight_decay}, {"decay", o.decay == WeightDecay::all ? "all" : "matrices"}, {"clip", o.clip}};
   }
 

@@ -71,6 +71,21 @@ std::vector<float> own_shards(const Trainer<C, D>& trainer, std::span<float> arr
   return own;
 }
 
+/// The same of a moment, decoded.
+template <Config C, class D>
+std::vector<float> own_shards(Trainer<C, D>& trainer, const StoredMoment& moment) {
+  if (moment.array.format == Moments::f32) return own_shards(trainer, static_cast<std::span<float>>(moment));
+  const Partition& p = trainer.partition();
+  const HostArray h = trainer.host(moment);
+  if (static_cast<index_t>(h.values.size()) != p.size()) return {h.values.begin(), h.values.end()};
+  std::vector<float> own(static_cast<std::size_t>(p.own_size()), 0.0f);
+  for (int i = 0; i < p.parts(); ++i) {
+    const Interval mine = p.shard(i, trainer.peers()->rank());
+    std::copy(h.values.begin() + mine.begin, h.values.begin() + mine.end, own.begin() + p.own_offset(i));
+  }
+  return own;
+}
+
 /// A model whose parts are gathered from the ranks' shards as its tensors are asked for, in their order, each once: a source for save_safetensors on one
 /// rank, while the others call gather_rest().
 template <Config C, class D>
@@ -132,7 +147,8 @@ void write_model(const Source& model, const std::filesystem::path& folder, Forma
 
 }  // namespace detail
 
-/// save_checkpoint() of a trainer with peers: collective; all return the folder, or all throw Error.
+/// save_checkpoint() of a trainer with peers: collective; all return the folder, or all throw Error. Moments of any format are written as the f32 that they decode
+/// to: what loads them in the same format goes on bit by bit, in another it rounds to the nearest.
 template <Config C, class D>
 std::filesystem::path save_sharded_checkpoint(const std::filesystem::path& root, Trainer<C, D>& trainer, std::string_view state, const SaveCheckpointOptions& options = {}) {
   namespace fs = std::filesystem;
@@ -219,7 +235,13 @@ std::string load_sharded_checkpoint(const std::filesystem::path& folder, Trainer
       }
     });
   };
-  read(detail::master_weights, trainer.weights()), read("first_moment", trainer.first_moment()), read("second_moment", trainer.second_moment());
+  const auto read_moment = [&](const std::string& name, const StoredMoment& moment) {
+    if (moment.array.format == Moments::f32) return read(name, moment);
+    std::vector<float> values(static_cast<std::size_t>(moment.n), 0.0f);
+    detail::each_interval(trainer, std::span(values), [&](const Interval& flat, float* to) { stored.read(name, flat, to); });
+    trainer.put(moment, values);
+  };
+  read(detail::master_weights, trainer.weights()), read_moment("first_moment", trainer.first_moment()), read_moment("second_moment", trainer.second_moment());
   trainer.values_changed();
   trainer.resume(stored.step());
   return stored.state();

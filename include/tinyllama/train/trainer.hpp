@@ -225,12 +225,14 @@ class Trainer {
   }
   /// Of what is learned, weights or adapters.
   std::span<float> gradients() { return arrays_.gradients(); }
-  std::span<float> first_moment() { return arrays_.first_moment(); }
-  std::span<float> second_moment() { return arrays_.second_moment(); }
-  /// One of the arrays above for the host: itself, or a copy where the host cannot touch it.
+  StoredMoment first_moment() { return arrays_.stored_moment(false); }
+  StoredMoment second_moment() { return arrays_.stored_moment(true); }
+  /// One of the arrays above for the host: itself, or a copy where the host cannot touch it, or it is not f32.
   HostArray host(std::span<float> array) const { return arrays_.host(array); }
+  HostArray host(const StoredMoment& moment) { return arrays_.host(moment); }
   /// The host's values become those of one of the arrays above. Collective where the values are sharded.
   void put(std::span<float> array, std::span<const float> values) { arrays_.put(array, values); }
+  void put(const StoredMoment& moment, std::span<const float> values) { arrays_.put(moment, values); }
   /// Behind a change of what weights() or adapters() have by other means than put(). Collective where the values are sharded.
   void values_changed() { arrays_.changed(); }
   /// Of the step, summed over all ranks and not clipped, of all that is learned; a copy in the host's memory. Collective.
@@ -252,6 +254,14 @@ class Trainer {
       std::copy(part.begin(), part.end(), all.begin() + partition().part(p).begin);
     }
     return all;
+  }
+  std::vector<float> whole(const StoredMoment& moment) {
+    if (moment.array.format == Moments::f32) return whole(static_cast<std::span<float>>(moment));
+    const HostArray mine = host(moment);
+    if (arrays_.owns_all()) return mine.own;
+    const Memory<D> own(*dev_, mine.own.size() * sizeof(float));
+    dev_->upload(own.data(), mine.own.data(), own.bytes());
+    return whole(std::span<float>(reinterpret_cast<float*>(own.data()), mine.own.size()));
   }
   /// The same without a copy where the host can touch it.
   HostArray whole_host(std::span<float> own) {
@@ -324,7 +334,8 @@ class Trainer {
   AdamwTask adamw_task(float lr, float scale) const {
     const auto step = static_cast<float>(step_ + 1);
     return {nullptr, nullptr, nullptr, nullptr, 0, lr, options_.beta1, options_.beta2, options_.eps, options_.weight_decay,
-            1.0f - std::pow(options_.beta1, step), 1.0f - std::pow(options_.beta2, step), scale};
+            1.0f - std::pow(options_.beta1, step), 1.0f - std::pow(options_.beta2, step), scale, nullptr,
+            static_cast<std::uint32_t>(random_bits(options_.seed ^ 0x6d6f'6d65'6e74'7300u, static_cast<std::uint64_t>(step_)))};
   }
   /// Of the micro-batch within the step's, over all ranks.
   std::uint64_t dropout_place() {

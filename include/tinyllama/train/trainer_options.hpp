@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "tinyllama/device/training.hpp"
+#include "tinyllama/kernels/moments.hpp"
 #include "tinyllama/train/adapters.hpp"
 #include "tinyllama/train/partition.hpp"
 #include "tinyllama/train/schedule.hpp"
@@ -19,7 +20,7 @@ namespace tinyllama {
 /// Which weights decay: all (the paper's repository), or the matrices but not the gains (the usual way).
 enum class WeightDecay : std::uint8_t { matrices, all };
 
-/// Training's options. Weights, gradients and moments are f32; `precision` is that of the products.
+/// Training's options. Weights and gradients are f32; `precision` is that of the products.
 struct TrainerOptions {
   float peak_lr = 4e-4f;                         ///< the learning rate, where there is no schedule
   std::optional<StagedSchedule> schedule = {};   ///< step n, counted from 1, runs at schedule.at(n)
@@ -28,6 +29,7 @@ struct TrainerOptions {
   WeightDecay decay = WeightDecay::matrices;
   float clip = 1.0f;                             ///< of the gradient's global 2-norm; 0: none
   Precision precision = Precision::bf16;
+  Moments moments = Moments::f32;                ///< how AdamW's averages are stored: 8, 4 or 2 bytes a weight for both
   Checkpointing checkpointing = Checkpointing::selective;
   index_t tokens = 0;                            ///< T of a row of the batch; 0: the context, or a shorter single row
   index_t micro_rows = 0;                        ///< rows of a micro-batch; 0: the whole batch at once
@@ -70,6 +72,7 @@ TrainerOptions checked(TrainerOptions o, const C& config, Sharding sharding) {
     if (!rounds || o.precision != Precision::fp8) o.precision = rounds ? Precision::bf16 : Precision::f32;
   if (o.precision == Precision::fp8 && (D::host_memory || o.lora))
     throw Error("trainer", "precision", "fp8 on a card of bf16, for all weights", D::host_memory ? "this device" : "adapters");
+  if (static_cast<std::size_t>(o.moments) >= moment_formats.size()) throw Error("trainer", "moments", "f32, bf16 or int8", std::to_string(static_cast<int>(o.moments)));
   if (o.lora && sharding == Sharding::fsdp) throw Error("trainer", "sharding", "ddp or zero1 for adapters", "fsdp");
   return o;
 }

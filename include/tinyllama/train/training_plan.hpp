@@ -4,12 +4,13 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "tinyllama/kernels/moments.hpp"
 #include "tinyllama/model/training_activations.hpp"
 #include "tinyllama/train/partition.hpp"
 
 namespace tinyllama {
 
-/// In what the products of training multiply; sums, weights, gradients and moments are f32 with any. fp8, on a card alone: those of the layers' matrices in 8-bit
+/// In what the products of training multiply; sums, weights and gradients are f32 with any. fp8, on a card alone: those of the layers' matrices in 8-bit
 /// floats, e4m3 of weights and activations, e5m2 of gradients, with one scale a matrix that follows the step before; all else in bf16.
 enum class Precision : std::uint8_t { f32, bf16, fp8 };
 
@@ -19,6 +20,7 @@ struct TrainingPlanOptions {
   index_t tokens = 2048;          ///< of each
   Checkpointing checkpointing = Checkpointing::selective;
   Precision precision = Precision::bf16;
+  Moments moments = Moments::f32;
   index_t logits_rows = 0;        ///< 0: the device's choice
   int threads = 1;                ///< each has scratch of its own, on the CPU
   Sharding sharding = Sharding::none;
@@ -37,7 +39,7 @@ constexpr TrainingPlan training_plan(const C& c, const TrainingPlanOptions& o) {
   using A = typename D::activation;
   constexpr bool rounds = !std::is_same_v<A, float>;
   constexpr auto device = static_cast<const D*>(nullptr);
-  const PartitionSizes cut = partition_sizes(c, o.ranks);
+  const PartitionSizes cut = partition_sizes(c, o.ranks, std::max(cache_line, info(o.moments).block));
   const auto bytes = [](index_t n, std::size_t each = sizeof(float)) { return static_cast<std::size_t>(n) * each; };
   const bool zero1 = o.sharding == Sharding::zero1, fsdp = o.sharding == Sharding::fsdp, shards_values = fsdp || (zero1 && rounds);
   const index_t n = parameter_count(c), own = cut.own, T = o.batch * o.tokens, R = std::min(T, o.logits_rows > 0 ? o.logits_rows : default_logits_rows(device));
@@ -45,7 +47,7 @@ constexpr TrainingPlan training_plan(const C& c, const TrainingPlanOptions& o) {
   plan.weights = bytes(shards_values ? own : n);
   if (rounds) plan.weights += (fsdp ? 0 : bytes(n, sizeof(A))) + (shards_values ? bytes(own, sizeof(A)) + bytes((2 * index_t{c.layers} + 1) * c.hidden) : 0);
   plan.gradients = bytes(fsdp ? own : n);
-  plan.moments = 2 * bytes(zero1 || fsdp ? own : n);
+  plan.moments = 2 * moment_bytes(o.moments, zero1 || fsdp ? own : partition_sizes(c, 1, info(o.moments).block).own);
   plan.activations = training_buffer_bytes<D>(c, {T, R, o.checkpointing});
   plan.scratch = training_scratch(device, c, {T, o.tokens, R, o.threads, o.precision == Precision::bf16, o.precision == Precision::fp8, fsdp});
   if (zero1) plan.communication = bytes(own);

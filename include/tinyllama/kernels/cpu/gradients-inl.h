@@ -1,4 +1,4 @@
-// Gradients of rmsnorm, swiglu and cross-entropy, and AdamW: a row, or a stretch of weights, at a time.
+// Gradients of rmsnorm, swiglu and cross-entropy, a row at a time; sums of squares.
 
 #include "tinyllama/kernels/cpu/isa-inl.h"
 
@@ -95,21 +95,6 @@ void cross_entropy(float* gradient, const float* logits, index_t n, std::int32_t
   const V factor = hn::Set(d, weight / total);
   Strips(n, [&](index_t i, index_t count) HWY_ATTR { StoreSome(gradient + i, hn::Mul(LoadSome(gradient + i, count), factor), count); });
   gradient[target] -= weight;
-}
-
-void adamw(const AdamwTask& t) {
-  const D d;
-  const V keep = hn::Set(d, 1.0f - t.lr * t.decay), rate = hn::Set(d, t.lr / t.correction1), eps = hn::Set(d, t.eps), scale = hn::Set(d, t.scale);
-  const V beta1 = hn::Set(d, t.beta1), beta2 = hn::Set(d, t.beta2), rest1 = hn::Set(d, 1.0f - t.beta1), rest2 = hn::Set(d, 1.0f - t.beta2);
-  const V correction2 = hn::Set(d, 1.0f / t.correction2);
-  Strips(t.n, [&](index_t i, index_t count) HWY_ATTR {
-    const V g = hn::Mul(LoadSome(t.gradient + i, count), scale);
-    const V m = hn::MulAdd(beta1, LoadSome(t.m + i, count), hn::Mul(rest1, g)), v = hn::MulAdd(beta2, LoadSome(t.v + i, count), hn::Mul(rest2, hn::Mul(g, g)));
-    const V step = hn::Div(hn::Mul(rate, m), hn::Add(hn::Sqrt(hn::Mul(v, correction2)), eps));
-    StoreSome(t.m + i, m, count);
-    StoreSome(t.v + i, v, count);
-    StoreSome(t.p + i, hn::Sub(hn::Mul(keep, LoadSome(t.p + i, count)), step), count);
-  });
 }
 
 // Stretches of 64 additions a lane in f32, their sum in double.

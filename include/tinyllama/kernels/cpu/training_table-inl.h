@@ -15,6 +15,7 @@
 #include "tinyllama/kernels/cpu/gemm-inl.h"
 #include "tinyllama/kernels/cpu/flash-inl.h"
 #include "tinyllama/kernels/cpu/gradients-inl.h"
+#include "tinyllama/kernels/cpu/adamw-inl.h"
 
 namespace tinyllama::TINYLLAMA_ISA {
 #if !TINYLLAMA_BF16_VNNI

@@ -24,7 +24,28 @@ struct AdamwArgs {
   int ranges;
   bool first_decays;
   index_t ends[most];
+  MomentArray m_stored, v_stored;  // instead of m and v, where they are not f32
+  std::uint32_t key, place;        // of their rounding
 };
+
+/// The first range that ends behind `place`.
+static __device__ __forceinline__ int adamw_range(const AdamwArgs& t, index_t place) {
+  int low = 0;
+  for (int high = t.ranges - 1; low < high;) {
+    const int middle = (low + high) / 2;
+    if (t.ends[middle] > place) high = middle;
+    else low = middle + 1;
+  }
+  return low;
+}
+/// One weight, and its averages in f32; `range` is that of a place before.
+static __device__ __forceinline__ void adamw_one(const AdamwArgs& t, float scale, int& range, float& p, float& m, float& v, float gradient, index_t at) {
+  while (range + 1 < t.ranges && at >= t.ends[range]) ++range;
+  const bool decays = t.first_decays == (range % 2 == 0);
+  const float g = gradient * scale;
+  m = t.beta1 * m + t.rest1 * g, v = t.beta2 * v + t.rest2 * g * g;
+  p = p * (decays ? t.decay : 1.0f) - t.lr * (m / t.correction1) / (sqrtf(v / t.correction2) + t.eps);
+}
 
 // A block 1024 vectors of 4: 28 bytes read and written of a weight, 30 with its copy.
 static __global__ void __launch_bounds__(256) adamw_kernel(const __grid_constant__ AdamwArgs t) {
@@ -32,24 +53,12 @@ static __global__ void __launch_bounds__(256) adamw_kernel(const __grid_constant
   const index_t first = static_cast<index_t>(blockIdx.x) * 4096;
   const float scale = t.scale_at ? *t.scale_at : t.scale;
   if (isnan(scale)) return;
-  int range = 0;
-  for (int low = 0, high = t.ranges - 1; low < high;) {  // the first range that ends behind `first`
-    const int middle = (low + high) / 2;
-    if (t.ends[middle] > first) high = middle;
-    else low = middle + 1;
-    range = low;
-  }
+  int range = adamw_range(t, first);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const index_t i = first + 4 * (k * 256 + static_cast<int>(threadIdx.x));
     if (i >= t.n) return;
-    const auto one = [&](float& p, float& m, float& v, float gradient, index_t at) {
-      while (range + 1 < t.ranges && at >= t.ends[range]) ++range;
-      const bool decays = t.first_decays == (range % 2 == 0);
-      const float g = gradient * scale;
-      m = t.beta1 * m + t.rest1 * g, v = t.beta2 * v + t.rest2 * g * g;
-      p = p * (decays ? t.decay : 1.0f) - t.lr * (m / t.correction1) / (sqrtf(v / t.correction2) + t.eps);
-    };
+    const auto one = [&](float& p, float& m, float& v, float gradient, index_t at) { adamw_one(t, scale, range, p, m, v, gradient, at); };
     if (i + 4 <= t.n) {
       F p = *reinterpret_cast<const F*>(t.p + i), m = *reinterpret_cast<const F*>(t.m + i), v = *reinterpret_cast<const F*>(t.v + i);
       const F g = *reinterpret_cast<const F*>(t.gradient + i);
@@ -67,13 +76,88 @@ static __global__ void __launch_bounds__(256) adamw_kernel(const __grid_constant
   }
 }
 
+// Moments in bf16 or codes of 8 bits (kernels/moments.hpp): a warp a block of 256 weights, of which a lane has 4 of each half. 20 and 16 bytes a weight, 22 and 18 with
+// its copy.
+template <Moments format>
+static __global__ void __launch_bounds__(256) adamw_rounded_kernel(const __grid_constant__ AdamwArgs t) {
+  static_assert(moment_block == 256);
+  using Element = std::conditional_t<format == Moments::bf16, std::uint16_t, std::uint8_t>;
+  using F = Vec<float, 4>;
+  using E = Vec<Element, 4>;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const index_t block = static_cast<index_t>(blockIdx.x) * 8 + static_cast<int>(threadIdx.x) / 32, first = block * moment_block;
+  const float scale = t.scale_at ? *t.scale_at : t.scale;
+  if (first >= t.n || isnan(scale)) return;
+  auto *const ms = static_cast<Element*>(t.m_stored.elements), *const vs = static_cast<Element*>(t.v_stored.elements);
+  const float m_scale = format == Moments::int8 ? t.m_stored.scales[block] : 1.0f, v_scale = format == Moments::int8 ? t.v_stored.scales[block] : 1.0f;
+  int range = adamw_range(t, first);
+  F m[2], v[2];
+  float m_most = 0, v_most = 0;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const index_t i = first + 128 * k + 4 * lane;
+    const bool whole = i + 4 <= t.n;
+    F p{}, g{};
+    E me{}, ve{};
+    if (whole) {
+      p = *reinterpret_cast<const F*>(t.p + i), g = *reinterpret_cast<const F*>(t.gradient + i);
+      me = *reinterpret_cast<const E*>(ms + i), ve = *reinterpret_cast<const E*>(vs + i);
+    } else {
+      for (int j = 0; i + j < t.n; ++j) p.at[j] = t.p[i + j], g.at[j] = t.gradient[i + j], me.at[j] = ms[i + j], ve.at[j] = vs[i + j];
+    }
+    Vec<bf16, 4> r;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if constexpr (format == Moments::bf16) m[k].at[j] = __uint_as_float(std::uint32_t{me.at[j]} << 16), v[k].at[j] = __uint_as_float(std::uint32_t{ve.at[j]} << 16);
+      else m[k].at[j] = decode_m(me.at[j], m_scale), v[k].at[j] = decode_v(ve.at[j], v_scale);
+      adamw_one(t, scale, range, p.at[j], m[k].at[j], v[k].at[j], g.at[j], i + j);
+      r.at[j] = from_float<bf16>(p.at[j]);
+      m_most = fmaxf(m_most, fabsf(m[k].at[j])), v_most = fmaxf(v_most, v[k].at[j]);  // 0 behind the end
+    }
+    if (whole) {
+      *reinterpret_cast<F*>(t.p + i) = p;
+      if (t.rounded) *reinterpret_cast<Vec<bf16, 4>*>(t.rounded + i) = r;
+    } else {
+      for (int j = 0; i + j < t.n; ++j) {
+        t.p[i + j] = p.at[j];
+        if (t.rounded) t.rounded[i + j] = r.at[j];
+      }
+    }
+  }
+  float m_inverse = 1, v_inverse = 1;
+  if constexpr (format == Moments::int8) {
+#pragma unroll
+    for (int other = 16; other > 0; other /= 2)
+      m_most = fmaxf(m_most, __shfl_xor_sync(0xffffffffu, m_most, other)), v_most = fmaxf(v_most, __shfl_xor_sync(0xffffffffu, v_most, other));
+    const float m_new = moment_scale(m_most), v_new = moment_scale(v_most);
+    if (lane == 0) t.m_stored.scales[block] = m_new, t.v_stored.scales[block] = v_new;
+    m_inverse = inverse_scale(m_new), v_inverse = inverse_scale(v_new);
+  }
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const index_t i = first + 128 * k + 4 * lane;
+    E me, ve;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const std::uint32_t random = rounding_bits(t.key, t.place + static_cast<std::uint32_t>(i + j));
+      if constexpr (format == Moments::bf16) me.at[j] = round_moment(m[k].at[j], random & 0xffffu), ve.at[j] = round_moment(v[k].at[j], random >> 16);
+      else me.at[j] = encode_m(m[k].at[j], m_inverse, random & 0xffffu), ve.at[j] = encode_v(v[k].at[j], v_inverse, random >> 16);
+    }
+    if (i + 4 <= t.n) {
+      *reinterpret_cast<E*>(ms + i) = me, *reinterpret_cast<E*>(vs + i) = ve;
+    } else {
+      for (int j = 0; i + j < t.n; ++j) ms[i + j] = me.at[j], vs[i + j] = ve.at[j];
+    }
+  }
+}
+
 /// The arrays of `t` are made up of `ranges` and start at multiples of 16 bytes, `rounded` (or null) at one of 8.
 inline void adamw(cudaStream_t stream, const AdamwTask& t, std::span<const AdamwRange> ranges, bf16* rounded) {
   if (t.n == 0) return;
-  for (const void* p : {static_cast<const void*>(t.p), static_cast<const void*>(t.m), static_cast<const void*>(t.v), static_cast<const void*>(t.gradient)})
+  for (const void* p : {static_cast<const void*>(t.p), static_cast<const void*>(t.m.elements), static_cast<const void*>(t.v.elements), static_cast<const void*>(t.gradient)})
     if (reinterpret_cast<std::uintptr_t>(p) % 16) throw Error("adamw", "arrays", "at multiples of 16 bytes", "another address");
-  AdamwArgs a{t.p, t.m, t.v, t.gradient, rounded, t.n, t.lr, 1.0f - t.lr * t.decay, t.beta1, t.beta2, static_cast<float>(1.0 - static_cast<double>(t.beta1)),
-              static_cast<float>(1.0 - static_cast<double>(t.beta2)), t.eps, t.correction1, t.correction2, t.scale, t.scale_at, 0, true, {}};
+  AdamwArgs a{t.p, t.m.floats(), t.v.floats(), t.gradient, rounded, t.n, t.lr, 1.0f - t.lr * t.decay, t.beta1, t.beta2, static_cast<float>(1.0 - static_cast<double>(t.beta1)),
+              static_cast<float>(1.0 - static_cast<double>(t.beta2)), t.eps, t.correction1, t.correction2, t.scale, t.scale_at, 0, true, {}, t.m, t.v, t.key, t.place};
   index_t end = 0;
   for (const AdamwRange& r : ranges) {
     const bool last_decays = a.first_decays == (a.ranges % 2 == 1);  // of the range before
@@ -84,7 +168,9 @@ inline void adamw(cudaStream_t stream, const AdamwTask& t, std::span<const Adamw
     a.ends[a.ranges++] = end;
   }
   if (end != t.n) throw Error("adamw", "ranges", std::to_string(t.n) + " weights together", std::to_string(end));
-  adamw_kernel<<<static_cast<unsigned>(ceil_div(t.n, 4096)), 256, 0, stream>>>(a);
+  if (t.m.format == Moments::f32) adamw_kernel<<<static_cast<unsigned>(ceil_div(t.n, 4096)), 256, 0, stream>>>(a);
+  else if (t.m.format == Moments::bf16) adamw_rounded_kernel<Moments::bf16><<<static_cast<unsigned>(ceil_div(t.n, 8 * moment_block)), 256, 0, stream>>>(a);
+  else adamw_rounded_kernel<Moments::int8><<<static_cast<unsigned>(ceil_div(t.n, 8 * moment_block)), 256, 0, stream>>>(a);
   launched("adamw");
 }
 
