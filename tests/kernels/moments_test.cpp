@@ -111,11 +111,11 @@ TEST_CASE("moments: AdamW in each format, of every instruction set, against the 
         CAPTURE(std::string(f.name));
         CAPTURE(n);
         Random random(static_cast<std::uint64_t>(n));
-        const auto drawn = averages(n, random);
+        const auto moments = averages(n, random);
         const auto p = random.vector(n), gradient = random.vector(n, 1e-3f);
         const auto run = [&](void (*adamw)(const AdamwTask&), std::vector<float>& weights, index_t cut) {
           weights = p;
-          const Stored ms(f.moments, false, drawn.first), vs(f.moments, true, drawn.second);
+          const Stored ms(f.moments, false, moments.first), vs(f.moments, true, moments.second);
           for (index_t begin = 0; begin < n; begin += cut) {
             AdamwTask t{weights.data() + begin, ms.array.from(begin), vs.array.from(begin), gradient.data() + begin, std::min(cut, n - begin), 1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 0.3f, 0.2f, 0.5f};
             t.key = 99, t.place = static_cast<std::uint32_t>(7 + begin);

@@ -30,7 +30,7 @@ std::vector<std::int32_t> read_tokens() {
 }
 
 /// The worst relative difference of a recorded step between our losses and those of `curve`.
-double worst_difference(tl::Precision precision, const char* curve) {
+double worst_difference(tl::Precision precision, const char* curve, tl::Moments moments = tl::Moments::f32) {
   nlohmann::json record;
   std::ifstream(fixture("train/parity.json")) >> record;
   const auto steps = record["steps"].get<std::vector<std::int64_t>>();
@@ -41,7 +41,7 @@ double worst_difference(tl::Precision precision, const char* curve) {
 
   const auto ids = read_tokens();
   tl::Cpu dev({.threads = 2, .kernels = nullptr});
-  tl::Trainer<parity_config> trainer(dev, {.schedule = tl::StagedSchedule{schedule}, .precision = precision, .tokens = tokens, .seed = 1});
+  tl::Trainer<parity_config> trainer(dev, {.schedule = tl::StagedSchedule{schedule}, .precision = precision, .moments = moments, .tokens = tokens, .seed = 1});
   std::vector<std::int32_t> inputs(rows * tokens), targets(rows * tokens);
   double worst = 0;
   for (std::size_t step = 0, next = 0; next < steps.size(); ++step) {
@@ -64,3 +64,11 @@ TEST_CASE("parity: 200 steps in f32 lose what PyTorch's f64 run loses") { CHECK(
 
 // PyTorch's bf16 run stays within 2.7e-4 of its f64 run; twice that is chance, more is not.
 TEST_CASE("parity: 200 steps in bf16 lose what PyTorch's f64 run loses") { CHECK(worst_difference(tl::Precision::bf16, "f64") < 1e-3); }
+
+TEST_CASE("parity: 200 steps with moments in bf16 and 8 bits stay on PyTorch's f64 curve") {
+  for (const tl::Moments moments : {tl::Moments::bf16, tl::Moments::int8}) {
+    const double worst = worst_difference(tl::Precision::f32, "f64", moments);
+    MESSAGE(tl::name(moments) << ": " << worst);
+    CHECK(worst < (moments == tl::Moments::bf16 ? 2e-4 : 3e-3));
+  }
+}
