@@ -30,11 +30,7 @@ class Staged {
   int size() const { return m_->size(); }
 
   Request start_all_reduce(void* out, index_t n, Format format, Reduction how, std::string_view what) {
-    const std::size_t bytes = row_bytes(format, n);
-    Request r = take(out, bytes);
-    void* const host = fetch(r, out, bytes);
-    r.from = host, r.request = m_->start_all_reduce(host, n, format, how, what);
-    return r;
+    return in_place(out, row_bytes(format, n), [&](void* host) { return m_->start_all_reduce(host, n, format, how, what); });
   }
   Request start_reduce_scatter(void* out, const void* in, const Shards& s, Format format, Reduction how, std::string_view what) {
     Request r = take(out, row_bytes(format, s.of(rank()).size()));
@@ -51,11 +47,7 @@ class Staged {
     return r;
   }
   Request start_broadcast(void* out, index_t n, Format format, int root, std::string_view what) {
-    const std::size_t bytes = row_bytes(format, n);
-    Request r = take(out, bytes);
-    void* const host = fetch(r, out, bytes);
-    r.from = host, r.request = m_->start_broadcast(host, n, format, root, what);
-    return r;
+    return in_place(out, row_bytes(format, n), [&](void* host) { return m_->start_broadcast(host, n, format, root, what); });
   }
   void wait(Request& r) {
     if (r.room == Request::none) return;
@@ -75,6 +67,13 @@ class Staged {
     typename D::Staging input, result;
     bool used = false;
   };
+  template <class F>
+  Request in_place(void* array, std::size_t bytes, F&& start) {
+    Request r = take(array, bytes);
+    void* const host = fetch(r, array, bytes);
+    r.from = host, r.request = start(host);
+    return r;
+  }
   Request take(void* to, std::size_t bytes) {
     Request r;
     for (r.room = 0; r.room < rooms_.size() && rooms_[r.room].used;) ++r.room;
