@@ -170,8 +170,8 @@ TEST_CASE_TEMPLATE("cuda parallel: adapters too", D, CudaF32, Cuda) {
   check_all<D, small>(options);
 }
 
-// Scales are powers of two, and the ranks' from the second step on the same. A number that lies between two of e4m3's may still round to either, 2^-4 apart: a part
-// of what 8 bits cost anyway.
+// Scales are powers of two, and the ranks' from the second step on the same: found, gradients 5e-8 apart. Where other kernels sum in another order a number that lies between two of e4m3's
+// may round to either, 2^-4 apart: a small part of what 8 bits cost anyway.
 TEST_CASE("cuda parallel: products in 8-bit floats, of weights that stay and of weights that pass") {
   if (no_card()) return;
   if (Cuda().capability() < 90) {
@@ -191,8 +191,8 @@ TEST_CASE("cuda parallel: products in 8-bit floats, of weights that stay and of 
       MESSAGE("losses " << difference(found[0].losses, expected.losses) << ", gradients " << difference(found[0].gradients, expected.gradients) << ", weights "
                         << difference(found[0].weights, expected.weights));
       for (const Outcome& o : found) {
-        CHECK(difference(o.losses, expected.losses) < 1e-3);
-        CHECK(difference(o.gradients, expected.gradients) < cost / 4);
+        CHECK(difference(o.losses, expected.losses) < 2e-4);
+        CHECK(difference(o.gradients, expected.gradients) < cost / 20);
         CHECK(difference(o.weights, expected.weights) < 1e-3);
         CHECK(o.weights == found.front().weights);
       }

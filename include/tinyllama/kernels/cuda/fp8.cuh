@@ -123,10 +123,11 @@ static __global__ void rescale_kernel(Fp8Scale* scales, int n, float most_e4m3, 
   const float limit = formats[i] == static_cast<std::uint8_t>(Fp8::e4m3) ? most_e4m3 : most_e5m2;
   int exponent = 0;
   if (s.most > 0) frexpf(limit / (2 * s.most), &exponent), --exponent;
-  s.scale = ldexpf(1.0f, exponent), s.inverse = ldexpf(1.0f, -exponent), s.seen = 0;
+  s.scale = ldexpf(1.0f, exponent), s.inverse = ldexpf(1.0f, -exponent);
+  if (only < 0) s.seen = 0;
   scales[i] = s;
 }
-/// All of n scales, or one alone. `formats`: of each, on the card.
+/// All of n scales, at the end of a step, or one alone within the first, which goes on to collect what it sees. `formats`: of each, on the card.
 inline void rescale(cudaStream_t stream, Fp8Scale* scales, int n, const std::uint8_t* formats, int only = -1) {
   rescale_kernel<<<static_cast<unsigned>(ceil_div(n, 128)), 128, 0, stream>>>(scales, n, fp8_most<Fp8::e4m3>, fp8_most<Fp8::e5m2>, formats, only);
   launched("rescale");
