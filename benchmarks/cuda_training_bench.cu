@@ -26,12 +26,6 @@ double median(std::vector<double> v) {
 }
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-std::size_t memory_in_use() {
-  std::size_t free = 0, total = 0;
-  cudaMemGetInfo(&free, &total);
-  return total - free;
-}
-
 void steps(tl::Cuda& dev, tl::index_t B, tl::index_t T, int count, tl::Checkpointing how, bool fp8, tl::Moments moments) {
   tl::Trainer<C, tl::Cuda> trainer(dev, {.peak_lr = 1e-4f, .precision = fp8 ? tl::Precision::fp8 : tl::Precision::bf16, .moments = moments, .checkpointing = how, .tokens = T});
   std::vector<std::int32_t> ids(static_cast<std::size_t>(B * T)), next(ids.size());
@@ -51,7 +45,7 @@ void steps(tl::Cuda& dev, tl::index_t B, tl::index_t T, int count, tl::Checkpoin
   C seen;
   const double flops = 6.0 * static_cast<double>(tl::matmul_parameter_count(seen)) + 12.0 * C::layers * C::hidden * static_cast<double>(T);
   std::printf("B=%d T=%d  %.1f ms a step (best %.1f)  %.0f tokens/s  %.1f TFLOP/s = %.1f%% of 989  %.1f GiB in use, %.2f GiB the trainer's, %.2f of the device at most, planned %.2f and %.2f\n", static_cast<int>(B), static_cast<int>(T), 1e3 * s,
-              1e3 * *std::min_element(seconds.begin(), seconds.end()), rate, rate * flops * 1e-12, rate * flops / 989e10, static_cast<double>(memory_in_use()) / (1 << 30),
+              1e3 * *std::min_element(seconds.begin(), seconds.end()), rate, rate * flops * 1e-12, rate * flops / 989e10, static_cast<double>(dev.card_bytes_in_use()) / (1 << 30),
               static_cast<double>(trainer.bytes()) / (1 << 30), static_cast<double>(dev.most_bytes_in_use()) / (1 << 30), static_cast<double>(plan.total() - plan.scratch) / (1 << 30), static_cast<double>(plan.total()) / (1 << 30));
 }
 

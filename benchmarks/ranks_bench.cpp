@@ -40,10 +40,8 @@ std::string of_the_card([[maybe_unused]] const D& dev) {
   if constexpr (D::host_memory) {
     return "";
   } else {
-    std::size_t free = 0, total = 0;
-    tl::cuda::check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
     char text[96];
-    std::snprintf(text, sizeof text, " (of its card at most %.2f, with CUDA and NCCL %.2f)", static_cast<double>(dev.most_bytes_in_use()) / (1 << 30), static_cast<double>(total - free) / (1 << 30));
+    std::snprintf(text, sizeof text, " (of its card at most %.2f, with CUDA and NCCL %.2f)", static_cast<double>(dev.most_bytes_in_use()) / (1 << 30), static_cast<double>(dev.card_bytes_in_use()) / (1 << 30));
     return text;
   }
 }

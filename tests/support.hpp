@@ -1,12 +1,16 @@
-// Where tests find their files: committed fixtures, data that may not be committed, SmolLM2, and a folder to write into.
+// Where tests find their files: committed fixtures, data that may not be committed, SmolLM2, and a folder to write into; files as strings.
 #pragma once
 
 #include <atomic>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <optional>
 #include <random>
+#include <stdexcept>
 #include <string>
+#include <string_view>
 #include <system_error>
 
 namespace tinyllama::test {
@@ -30,6 +34,16 @@ inline std::optional<std::filesystem::path> smollm2_gguf() {
   std::error_code error;
   if (!std::filesystem::is_regular_file(path, error)) return std::nullopt;
   return path;
+}
+
+/// A file's bytes; a file that cannot be read fails the test.
+inline std::string read_file(const std::filesystem::path& path) {
+  std::ifstream in(path, std::ios::binary);
+  if (!in) throw std::runtime_error(path.string() + ": cannot be read");
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+inline void write_file(const std::filesystem::path& path, std::string_view content) {
+  std::ofstream(path, std::ios::binary).write(content.data(), static_cast<std::streamsize>(content.size()));
 }
 
 /// A new, empty folder that is removed with all it holds.

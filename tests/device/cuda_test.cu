@@ -2,18 +2,13 @@
 #include "tinyllama/cuda.hpp"
 #include "tinyllama/generate/sampler.hpp"
 
+#include "tests/device/card.hpp"
 #include "tests/kernels/agree.hpp"
 
 namespace {
 
 using namespace tinyllama;
 using namespace tinyllama::test;
-
-bool no_card() {
-  if (cuda::card_count() > 0) return false;
-  MESSAGE("skipped: no card");
-  return true;
-}
 
 /// Numbers that A holds.
 template <class A>

@@ -4,8 +4,9 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
-#include <random>
 
+#include "tests/device/card.hpp"
+#include "tests/distributed/rows.hpp"
 #include "tests/distributed/thread_ranks.hpp"
 #include "tinyllama/distributed/parallel.hpp"
 #include "tinyllama/distributed/staged.hpp"
@@ -26,32 +27,11 @@ struct wide : small {
 };
 constexpr index_t T = 16;
 
-bool no_card() {
-  if (cuda::card_count() > 0) return false;
-  MESSAGE("skipped: no card");
-  return true;
-}
-
 template <class D>
 using CardRank = Staged<ThreadRank, D>;
 static_assert(Communicator<CardRank<Cuda>> && Communicator<Single<Cuda>>);
 
-struct Batch {
-  std::vector<std::int32_t> inputs, targets;
-  explicit Batch(int rows) {
-    std::mt19937 random(7);
-    for (int i = 0; i < rows * T; ++i) {
-      inputs.push_back(static_cast<std::int32_t>(random() % small::vocab));
-      targets.push_back(i / T == 1 || i % 5 == 0 ? -100 : static_cast<std::int32_t>(random() % small::vocab));
-    }
-  }
-  std::pair<std::span<const std::int32_t>, std::span<const std::int32_t>> share(int rank, int ranks) const {
-    const std::size_t rows = inputs.size() / T, first = rows * static_cast<std::size_t>(rank) / static_cast<std::size_t>(ranks) * T,
-                      end = rows * static_cast<std::size_t>(rank + 1) / static_cast<std::size_t>(ranks) * T;
-    return {std::span(inputs).subspan(first, end - first), std::span(targets).subspan(first, end - first)};
-  }
-};
-
+using Batch = Rows<small, T>;
 TrainerOptions how() { return {.peak_lr = 3e-3f, .clip = 0.5f, .tokens = T, .micro_rows = 1, .seed = 5}; }
 
 struct Outcome {

@@ -28,7 +28,7 @@ std::vector<json> json_lines(const std::string& text) {
 
 /// A .npy file of f32 in C order: its shape, and its values.
 std::pair<std::string, std::vector<float>> npy(const fs::path& path) {
-  const std::string file = content(path);
+  const std::string file = read_file(path);
   REQUIRE(file.starts_with("\x93NUMPY"));
   const std::size_t length = static_cast<unsigned char>(file[8]) + 256u * static_cast<unsigned char>(file[9]);
   const std::string header = file.substr(10, length);
@@ -83,7 +83,7 @@ TEST_CASE("generate: one JSON object, greedy text as other software generates it
     CHECK(j["tokens"].get<int>() <= 200);
     const auto text = j["text"].get<std::string>();
     CHECK(text.size() > 200);
-    CHECK(content(*expected).starts_with("Once upon a time" + text));
+    CHECK(read_file(*expected).starts_with("Once upon a time" + text));
     if (first.empty()) first = text;
     CHECK(text == first);
   }
@@ -111,7 +111,7 @@ TEST_CASE("tokenize: JSON lines there and back") {
     MESSAGE("skipped: tokenizer/ is not under TINYLLAMA_TEST_DATA");
     return;
   }
-  const auto expected = json_lines(content(*vectors));
+  const auto expected = json_lines(read_file(*vectors));
   std::string texts, ids;
   for (const json& v : expected) {
     texts += json{{"text", v["text"]}}.dump() + "\n";

@@ -34,20 +34,20 @@ TEST_CASE("convert: Hugging Face, lit and GGUF in a ring, bit by bit") {
   CHECK(first["from_format"] == "safetensors");
   CHECK(first["to_format"] == "hf");
   CHECK(first["dtype"] == "f32");
-  const std::string model = content(tmp / "hf" / "model.safetensors"), config = content(tmp / "hf" / "config.json");
+  const std::string model = read_file(tmp / "hf" / "model.safetensors"), config = read_file(tmp / "hf" / "config.json");
   REQUIRE(first["parameters"].get<std::size_t>() * 4 < model.size());
 
   CHECK(go((tmp / "hf").string(), tmp / "lit", "--to-format lit")["to_format"] == "lit");
   CHECK(go((tmp / "lit").string(), tmp / "m.gguf")["from_format"] == "lit");
   CHECK(go((tmp / "m.gguf").string(), tmp / "m.pth", "--key model")["to_format"] == "lit");
   CHECK(go((tmp / "m.pth").string(), tmp / "back", "--config " + (tmp / "hf" / "config.json").string())["to_format"] == "hf");
-  CHECK(content(tmp / "back" / "model.safetensors") == model);
+  CHECK(read_file(tmp / "back" / "model.safetensors") == model);
   go((tmp / "lit").string(), tmp / "back2");
-  CHECK(content(tmp / "back2" / "model.safetensors") == model);
-  CHECK(content(tmp / "back2" / "config.json") == config);
+  CHECK(read_file(tmp / "back2" / "model.safetensors") == model);
+  CHECK(read_file(tmp / "back2" / "config.json") == config);
 
   go((tmp / "lit").string(), tmp / "half", "--dtype bf16");
-  CHECK(json::parse(content(tmp / "half" / "config.json"))["torch_dtype"] == "bfloat16");
+  CHECK(json::parse(read_file(tmp / "half" / "config.json"))["torch_dtype"] == "bfloat16");
   const auto full = fs::file_size(tmp / "back" / "model.safetensors"), half = fs::file_size(tmp / "half" / "model.safetensors");
   CHECK(half < full * 6 / 10);
 
@@ -57,7 +57,7 @@ TEST_CASE("convert: Hugging Face, lit and GGUF in a ring, bit by bit") {
   }
   fs::copy(tmp / "hf", tmp / "run" / "step-00000012");
   CHECK(go((tmp / "run").string(), tmp / "newest")["from"].get<std::string>().ends_with("step-00000012"));
-  CHECK(content(tmp / "newest" / "model.safetensors") == model);
+  CHECK(read_file(tmp / "newest" / "model.safetensors") == model);
 }
 
 TEST_CASE("convert: bad usage is status 2, an Error is status 1 and one line") {

@@ -73,7 +73,7 @@ int wait_for(pid_t child) {
 Result run(const Arguments& arguments) {
   const TempFolder tmp;
   const int status = wait_for(start(arguments, tmp / "out", tmp / "err"));
-  return {status, content(tmp / "out"), content(tmp / "err")};
+  return {status, read_file(tmp / "out"), read_file(tmp / "err")};
 }
 
 /// `more` behind `a`; a value of an option that is there already replaces it.
@@ -104,7 +104,7 @@ struct Tiny {
 
 /// The log's complete rows by step: all that does not depend on the clock.
 std::map<std::int64_t, std::string> rows(const fs::path& csv) {
-  std::istringstream in(content(csv));
+  std::istringstream in(read_file(csv));
   std::string line;
   std::getline(in, line);
   CHECK(line == "step,loss,validation_loss,learning_rate,gradient_norm,tokens,tokens_per_second,share_of_peak,seconds");
@@ -160,7 +160,7 @@ TEST_CASE("pretrain: the loss falls; log, plot, events, checkpoint and summary a
   for (const auto& entry : log) CHECK_MESSAGE((field(entry.second, 2) >= 0) == (entry.first % 100 == 0), entry.second);
   CHECK(field(log.at(150), 5) == 150 * 4 * T);
 
-  const std::string svg = content(out / "loss.svg");
+  const std::string svg = read_file(out / "loss.svg");
   CHECK(svg.starts_with("<svg"));
   CHECK(svg.find("validation  ") != svg.npos);
   int events = 0;
@@ -188,11 +188,11 @@ TEST_CASE("pretrain: stopped by SIGTERM it saves and ends with 0; resumed, with 
 
   const fs::path out = tiny.tmp / "stopped";
   const pid_t child = start(tiny.arguments("stopped", length), tiny.tmp / "o", tiny.tmp / "e");
-  for (int i = 0; i < 3000 && content(out / "log.csv").find("\n20,") == std::string::npos; ++i)
+  for (int i = 0; i < 3000 && read_file(out / "log.csv").find("\n20,") == std::string::npos; ++i)
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
   ::kill(child, SIGTERM);
   CHECK(wait_for(child) == 0);
-  CHECK(content(tiny.tmp / "o").find("stopped after step") != std::string::npos);
+  CHECK(read_file(tiny.tmp / "o").find("stopped after step") != std::string::npos);
   const auto newest = latest_checkpoint(out);
   REQUIRE(newest);
   const auto half = rows(out / "log.csv");
@@ -206,8 +206,8 @@ TEST_CASE("pretrain: stopped by SIGTERM it saves and ends with 0; resumed, with 
   check_same(found, whole);
   CHECK(found.size() == 2000);
   const std::string name = "step-00002000/model.safetensors";
-  CHECK(content(out / name) == content(tiny.tmp / "whole" / name));
-  const std::string svg = content(out / "loss.svg");
+  CHECK(read_file(out / name) == read_file(tiny.tmp / "whole" / name));
+  const std::string svg = read_file(out / "loss.svg");
   CHECK(svg.find("step 100</title>") != svg.npos);  // what went before the stop is drawn too
 }
 
@@ -228,8 +228,8 @@ TEST_CASE("pretrain: SIGKILL at 50 random moments, and every loss is that of an 
     std::this_thread::sleep_for(std::chrono::microseconds(random() % (duration / 4 + 1)));
     ::kill(child, SIGKILL);
     const int status = wait_for(child);
-    const std::string err = content(tiny.tmp / "e");
-    if (fs::exists(out / "log.csv") && content(out / "log.csv").find('\n') != std::string::npos) check_same(rows(out / "log.csv"), whole);
+    const std::string err = read_file(tiny.tmp / "e");
+    if (fs::exists(out / "log.csv") && read_file(out / "log.csv").find('\n') != std::string::npos) check_same(rows(out / "log.csv"), whole);
     if (status != 128 + SIGKILL) {  // it was done before: from the beginning
       REQUIRE_MESSAGE(status == 0, err);
       CHECK(rows(out / "log.csv").size() == 240);
@@ -251,7 +251,7 @@ TEST_CASE("pretrain: SIGKILL at 50 random moments, and every loss is that of an 
   check_same(found, whole);
   CHECK(found.size() == 240);
   const std::string name = "step-00000240/model.safetensors";
-  CHECK(content(out / name) == content(tiny.tmp / "whole" / name));
+  CHECK(read_file(out / name) == read_file(tiny.tmp / "whole" / name));
   CHECK(list_checkpoints(out).size() == 2);
 }
 
@@ -306,7 +306,7 @@ TEST_CASE("pretrain: bad input is status 1 and one line that says what") {
   fails(data("short"), {"short"});
   write_data(tiny.tmp / "damaged", "train", 70, 1);
   const fs::path shard = tiny.tmp / "damaged" / "train_0000000000.bin";
-  const std::string whole = content(shard);
+  const std::string whole = read_file(shard);
   put(shard, whole.substr(0, whole.size() - 100));
   fails(data("damaged"), {shard.string(), "truncated"});
   put(shard, "NOTPKDS" + whole.substr(7));
@@ -321,7 +321,7 @@ TEST_CASE("pretrain: bad input is status 1 and one line that says what") {
   CHECK(!latest_checkpoint(tiny.tmp / "bad"));
 
   REQUIRE(run(tiny.arguments("good", steps)).status == 0);
-  const std::string log = content(tiny.tmp / "good" / "log.csv");
+  const std::string log = read_file(tiny.tmp / "good" / "log.csv");
   fails(shaped("good", "layers=2,hidden=64,heads=2,kv_heads=1,ffn=64,vocab=64,context=16"), {"config.json", "hidden_size", "64", "32"});
   fails(tiny.arguments("good", with(steps, {"--seed", "5"})), {"training_state.json", "seed", "expected 5", "found 1"});
   fails(tiny.arguments("good", {"--steps", "9"}), {"training_state.json", "schedule", "at step 1"});
@@ -329,7 +329,7 @@ TEST_CASE("pretrain: bad input is status 1 and one line that says what") {
   fails(tiny.arguments("good", with(steps, {"--moments", "int8"})), {"moments", "expected int8", "found f32"});
   CHECK(run(tiny.arguments("good", with(steps, {"--moments", "f16"}))).status == 2);
   fails(tiny.arguments("good", with(steps, {"--fresh"})), {"good", "step-00000004"});
-  CHECK(content(tiny.tmp / "good" / "log.csv") == log);  // nobody touched it
+  CHECK(read_file(tiny.tmp / "good" / "log.csv") == log);  // nobody touched it
   fails(tiny.arguments("none", with(steps, {"--resume"})), {"none", "checkpoint"});
   fails(tiny.arguments("bad", with(steps, {"--tokens", "17"})), {"--tokens", "16", "17"});
   fails(tiny.arguments("bad", with(steps, {"--tokens", "8"})), {"blocks of 9"});

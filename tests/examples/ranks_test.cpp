@@ -108,7 +108,7 @@ struct Data : TempFolder {
   }
   /// Loss and validation loss of each step.
   std::map<std::int64_t, std::vector<double>> log(const std::string& out) const {
-    std::istringstream in(content(path() / out / "log.csv"));
+    std::istringstream in(read_file(path() / out / "log.csv"));
     std::map<std::int64_t, std::vector<double>> all;
     std::string line, field;
     std::getline(in, line);
@@ -221,9 +221,9 @@ TEST_CASE("pretrain under mpirun: one rank is killed: the others end with an Err
                               quoted(program_path("pretrain")) + " " + data.pretrain(out, steps + "--steps 1000000 --parallel " + parallel);
     Result r;
     std::thread job([&] { r = run_line(ranks); });
-    for (int i = 0; i < 6000 && content(log).find("\n45,") == std::string::npos; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    for (int i = 0; i < 6000 && read_file(log).find("\n45,") == std::string::npos; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(5));
     const auto start = std::chrono::steady_clock::now();
-    const int pid = std::atoi(content(data / "pid-1").c_str());
+    const int pid = std::atoi(read_file(data / "pid-1").c_str());
     if (pid > 1) ::kill(pid, SIGKILL);
     job.join();
     CHECK(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < 30);

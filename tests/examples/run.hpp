@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
-#include <iterator>
 #include <string>
 #include <vector>
 
@@ -19,10 +18,6 @@ struct Result {
   std::string out, err;
 };
 
-inline std::string content(const std::filesystem::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
 
 inline std::string quoted(const std::string& s) {
   std::string q = "'";
@@ -34,7 +29,7 @@ inline std::string quoted(const std::string& s) {
 inline Result run_line(const std::string& line) {
   const TempFolder folder;
   const int status = std::system((line + " >" + quoted((folder / "out").string()) + " 2>" + quoted((folder / "err").string())).c_str());
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), content(folder / "out"), content(folder / "err")};
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), read_file(folder / "out"), read_file(folder / "err")};
 }
 
 inline std::string program_path(const std::string& program) { return (std::filesystem::path(TINYLLAMA_TEST_PROGRAMS) / program).string(); }

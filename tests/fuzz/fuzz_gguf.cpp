@@ -3,21 +3,10 @@
 #include <cstdint>
 #include <span>
 
+#include "tests/fuzz/attempt.hpp"
 #include "tinyllama/io/gguf_config.hpp"
 
-namespace {
-
-volatile unsigned sink;
-
-template <class F>
-void attempt(F&& f) {
-  try {
-    f();
-  } catch (const tinyllama::Error&) {
-  }
-}
-
-}  // namespace
+using tinyllama::test::attempt, tinyllama::test::sink;
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   attempt([&] {

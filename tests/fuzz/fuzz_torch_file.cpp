@@ -4,21 +4,10 @@
 #include <memory>
 #include <span>
 
+#include "tests/fuzz/attempt.hpp"
 #include "tinyllama/io/lit.hpp"
 
-namespace {
-
-volatile unsigned sink;
-
-template <class F>
-void attempt(F&& f) {
-  try {
-    f();
-  } catch (const tinyllama::Error&) {
-  }
-}
-
-}  // namespace
+using tinyllama::test::attempt, tinyllama::test::sink;
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const auto bytes = std::as_bytes(std::span(data, size));

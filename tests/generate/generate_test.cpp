@@ -5,7 +5,6 @@
 
 #include <nlohmann/json.hpp>
 
-#include <fstream>
 #include <sstream>
 #include <thread>
 
@@ -37,10 +36,6 @@ struct Golden {
   tl::Model<golden_gqa, tl::Cpu> model{tl::load<golden_gqa>(dev, golden_folder<golden_gqa>()).shared_weights(), tl::Tokenizer(letters(512))};
 };
 
-std::string read(const std::filesystem::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
 
 }  // namespace
 
@@ -181,7 +176,7 @@ TEST_CASE("generate: stories260K writes what llama2.c and llama.cpp write") {
     MESSAGE("skipped: no stories260K");
     return;
   }
-  std::string text = read(*expected);
+  std::string text = read_file(*expected);
   while (text.ends_with('\n')) text.pop_back();
   tl::Cpu dev;
   const auto model = tl::load<tl::stories_260k>(dev, *gguf);
@@ -201,7 +196,7 @@ TEST_CASE("generate: SmolLM2's greedy text is llama.cpp's") {
   }
   tl::Cpu dev;
   const auto model = tl::load<tl::smollm2_135m>(dev, *gguf);
-  std::istringstream lines(read(fixture("generate/smollm2_llama_cpp.jsonl")));
+  std::istringstream lines(read_file(fixture("generate/smollm2_llama_cpp.jsonl")));
   int count = 0;
   for (std::string line; std::getline(lines, line); ++count) {
     const auto j = nlohmann::json::parse(line);

@@ -3,8 +3,8 @@
 
 #include <doctest/doctest.h>
 
-#include <fstream>
 
+#include "tests/device/card.hpp"
 #include "tests/io/small_model.hpp"
 #include "tests/model/golden.hpp"
 #include "tinyllama/io/convert.hpp"
@@ -13,12 +13,6 @@ namespace tl = tinyllama;
 using namespace tinyllama::test;
 
 namespace {
-
-bool no_card() {
-  if (tl::cuda::card_count() > 0) return false;
-  MESSAGE("skipped: no card");
-  return true;
-}
 
 // f32: as on the CPU. bf16: each of some 10 roundings a layer is 2^-9 at most, and they add up like a random walk.
 template <class D>
@@ -334,8 +328,7 @@ TEST_CASE_TEMPLATE("cuda: stories260K writes what llama2.c writes", D, tl::CudaF
     MESSAGE("skipped: no stories260K");
     return;
   }
-  std::ifstream in(*expected, std::ios::binary);
-  std::string text(std::istreambuf_iterator<char>(in), {});
+  std::string text = read_file(*expected);
   while (text.ends_with('\n')) text.pop_back();
   D dev;
   const auto model = tl::load<tl::any_llama>(dev, *gguf, options<D>());

@@ -121,11 +121,7 @@ TEST_CASE_FIXTURE(Fixture, "session: saved and restored") {
     }
     FAIL("restored " << name);
   };
-  std::string bytes;
-  {
-    std::ifstream in(folder / "cache", std::ios::binary);
-    bytes.assign(std::istreambuf_iterator<char>(in), {});
-  }
+  const std::string bytes = read_file(folder / "cache");
   const auto write = [&](const std::string& name, const std::string& content) { std::ofstream(folder / name, std::ios::binary) << content; };
   write("short", bytes.substr(0, bytes.size() - 1));
   refused("short", "size: expected");

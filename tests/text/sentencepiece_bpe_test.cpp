@@ -10,7 +10,7 @@ using namespace tinyllama::test;
 
 namespace {
 
-Tokenizer load(const std::filesystem::path& path) { return Tokenizer(read_tokenizer_model(file_bytes(path), path.string())); }
+Tokenizer load(const std::filesystem::path& path) { return Tokenizer(read_tokenizer_model(read_file(path), path.string())); }
 
 std::string streamed(const Tokenizer& t, const Ids& ids) {
   StreamDecoder decoder(t);

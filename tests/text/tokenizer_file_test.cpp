@@ -27,9 +27,9 @@ TEST_CASE("tokenizer_file: by content or name") {
   const auto folder = fixture("tokenizer/sentencepiece");
   CHECK(load_vocabulary(folder / "llama.model").pieces.size() == load_vocabulary(folder / "llama.json").pieces.size());
   TempFolder tmp;
-  write(tmp / "copy", file_bytes(folder / "llama.model"));
+  write(tmp / "copy", read_file(folder / "llama.model"));
   CHECK(load_vocabulary(tmp / "copy").pieces.size() == load_vocabulary(folder / "llama.model").pieces.size());
-  write(tmp / "other", file_bytes(folder / "llama.json"));
+  write(tmp / "other", read_file(folder / "llama.json"));
   CHECK(load_vocabulary(tmp / "other").merges.size() > 100);
 }
 
@@ -37,7 +37,7 @@ TEST_CASE("tokenizer_file: a folder, with what stands beside") {
   TempFolder tmp;
   CHECK_THROWS_WITH_AS(load_vocabulary(tmp.path()), doctest::Contains("tokenizer.json"), Error);
   const auto spm = fixture("tokenizer/sentencepiece");
-  write(tmp / "tokenizer.model", file_bytes(spm / "llama.model"));
+  write(tmp / "tokenizer.model", read_file(spm / "llama.model"));
   write(tmp / "tokenizer_config.json", R"({"add_bos_token": false, "eos_token": "<s>", "chat_template": "one"})");
   Vocabulary v = load_vocabulary(tmp.path());
   CHECK(v.source == (tmp / "tokenizer.model").string());
@@ -45,7 +45,7 @@ TEST_CASE("tokenizer_file: a folder, with what stands beside") {
   CHECK(v.eos == 1);
   CHECK(v.chat_template == "one");
   write(tmp / "chat_template.jinja", "two");
-  write(tmp / "tokenizer.json", file_bytes(spm / "llama.json"));
+  write(tmp / "tokenizer.json", read_file(spm / "llama.json"));
   v = load_vocabulary(tmp.path());
   CHECK(v.source == (tmp / "tokenizer.json").string());
   CHECK(v.chat_template == "two");

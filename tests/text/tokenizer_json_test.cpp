@@ -12,7 +12,7 @@ using namespace tinyllama::test;
 
 namespace {
 
-json parsed(const char* name) { return json::parse(file_bytes(fixture("tokenizer") / name)); }
+json parsed(const char* name) { return json::parse(read_file(fixture("tokenizer") / name)); }
 Vocabulary read(const json& j) { return read_tokenizer_json(j.dump(), "tokenizer.json"); }
 
 void refused(json j, const std::function<void(json&)>& change, const char* word) {
@@ -33,7 +33,7 @@ void refused(json j, const std::function<void(json&)>& change, const char* word)
 
 TEST_CASE("tokenizer.json: a converted Llama model encodes as its tokenizer.model") {
   const Tokenizer from_json(read(parsed("sentencepiece/llama.json")));
-  const Tokenizer from_model(read_tokenizer_model(file_bytes(fixture("tokenizer/sentencepiece/llama.model")), "llama.model"));
+  const Tokenizer from_model(read_tokenizer_model(read_file(fixture("tokenizer/sentencepiece/llama.model")), "llama.model"));
   CHECK(from_json.size() == from_model.size());
   CHECK(from_json.bos() == from_model.bos());
   CHECK(from_json.eos() == from_model.eos());

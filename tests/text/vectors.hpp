@@ -4,7 +4,6 @@
 #include <doctest/doctest.h>
 
 #include <cstdint>
-#include <fstream>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -19,18 +18,10 @@ namespace tinyllama::test {
 using nlohmann::json;
 using Ids = std::vector<std::int32_t>;
 
-/// A file's bytes; a missing file fails the test.
-inline std::string file_bytes(const std::filesystem::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  REQUIRE_MESSAGE(in.good(), path.string());
-  std::ostringstream s;
-  s << in.rdbuf();
-  return s.str();
-}
 
 /// The objects of a JSON lines file; fewer than `least` fails the test.
 inline std::vector<json> vectors(const std::filesystem::path& path, std::size_t least) {
-  std::istringstream in(file_bytes(path));
+  std::istringstream in(read_file(path));
   std::vector<json> rows;
   for (std::string line; std::getline(in, line);) rows.push_back(json::parse(line));
   REQUIRE(rows.size() >= least);

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <fstream>
 #include <numeric>
-#include <sstream>
 
 #include "tests/support.hpp"
 #include "tinyllama/train/adapter_file.hpp"
@@ -24,12 +23,6 @@ std::vector<float> numbers(std::size_t n) {
   return v;
 }
 
-std::string text_of(const std::filesystem::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  std::ostringstream s;
-  s << in.rdbuf();
-  return s.str();
-}
 
 /// Adapters `two` of the small model, and a way to change what the folder says of them.
 struct Saved {
@@ -38,14 +31,14 @@ struct Saved {
   Saved() { save_adapters(folder.path(), small, two, flat, "base"); }
   template <class F>
   void config(F&& change) {
-    json j = json::parse(text_of(folder / "adapter_config.json"));
+    json j = json::parse(read_file(folder / "adapter_config.json"));
     change(j);
     std::ofstream(folder / "adapter_config.json") << j.dump();
   }
   /// Rewrites the tensors: `change(SafeTensor&)` says whether one stays.
   template <class F>
   void tensors(F&& change) {
-    const std::string bytes = text_of(folder / "adapter_model.safetensors");
+    const std::string bytes = read_file(folder / "adapter_model.safetensors");
     const Safetensors file("copy", std::as_bytes(std::span(bytes.data(), bytes.size())));
     std::vector<SafeTensor> kept;
     for (SafeTensor t : file.tensors())
@@ -121,7 +114,7 @@ TEST_CASE("adapters: saved and loaded") {
   REQUIRE(b);
   CHECK(a->shape == std::vector<index_t>{2, 16});
   CHECK(b->shape == std::vector<index_t>{16, 2});
-  const json j = json::parse(text_of(s.folder / "adapter_config.json"));
+  const json j = json::parse(read_file(s.folder / "adapter_config.json"));
   CHECK(j["peft_type"] == "LORA");
   CHECK(j["task_type"] == "CAUSAL_LM");
   CHECK(j["target_modules"] == json{"v_proj", "down_proj"});
@@ -200,7 +193,7 @@ TEST_CASE("adapters: what other programs write") {
   const TempFolder folder;
   const LoraOptions every{.slots = AdapterSlots::every()};
   save_adapters(folder.path(), small, every, initial_adapters(small, every));
-  json j = json::parse(text_of(folder / "adapter_config.json"));
+  json j = json::parse(read_file(folder / "adapter_config.json"));
   j["target_modules"] = "all-linear";
   std::ofstream(folder / "adapter_config.json") << j.dump();
   CHECK(load_adapters(folder.path(), small).options.slots == AdapterSlots::every());
@@ -210,7 +203,7 @@ TEST_CASE("adapters: a config that cannot be used") {
   const auto with = [](auto&& change, const char* what) {
     Saved s;
     s.config(change);
-    INFO(text_of(s.folder / "adapter_config.json"));
+    INFO(read_file(s.folder / "adapter_config.json"));
     refuses(s, what);
     refuses(s, "adapter_config.json");
   };
@@ -305,7 +298,7 @@ TEST_CASE("adapters: what cannot be saved") {
 TEST_CASE("adapters: damaged files give an Error or adapters, and nothing else") {
   const Saved good;
   for (const char* name : {"adapter_config.json", "adapter_model.safetensors"}) {
-    const std::string bytes = text_of(good.folder / name);
+    const std::string bytes = read_file(good.folder / name);
     int errors = 0, successes = 0;
     const auto attempt = [&](const std::string& bad) {
       std::ofstream(good.folder / name, std::ios::binary) << bad;

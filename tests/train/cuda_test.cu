@@ -9,18 +9,13 @@
 #include <nlohmann/json.hpp>
 #include <random>
 
-#include "tests/model/golden.hpp"
+#include "tests/device/card.hpp"
+#include "tests/train/golden.hpp"
 
 namespace tl = tinyllama;
 using namespace tinyllama::test;
 
 namespace {
-
-bool no_card() {
-  if (tl::cuda::card_count() > 0) return false;
-  MESSAGE("skipped: no card");
-  return true;
-}
 
 template <class D>
 inline constexpr bool exact_device = std::is_same_v<D, tl::CudaF32>;
@@ -74,26 +69,8 @@ bool no_fp8() {
 
 tl::Cpu reference() { return tl::Cpu({.threads = 1, .kernels = &tl::reference::kernels}); }
 
-constexpr tl::index_t T = 48;
-template <class C>
-struct Golden {
-  Reference reference{golden_folder<C>()};
-  tl::Checkpoint file = tl::open_checkpoint(golden_folder<C>());
-  std::vector<std::int32_t> inputs = reference.ids("input_ids"), targets = reference.ids("targets");
-};
+constexpr tl::index_t T = golden_tokens;
 tl::TrainerOptions as_golden() { return {.peak_lr = 1e-3f, .tokens = T, .logits_rows = 40}; }
-
-template <class C>
-double worst(const Reference& reference, const std::string& prefix, std::span<const float> flat) {
-  double most = 0;
-  tl::for_each_parameter(C{}, [&](const tl::Parameter& p) {
-    const auto expected = reference.values<float>((prefix + p.hf_name()).c_str());
-    const double error = relative_error(flat.first(expected.size()), expected);
-    most = error > most || std::isnan(error) ? error : most;
-    flat = flat.subspan(expected.size());
-  });
-  return most;
-}
 
 template <class D, class C>
 Floats two_steps(const tl::TrainerOptions& options, bool plain = true) {

@@ -3,7 +3,6 @@
 
 #include <doctest/doctest.h>
 
-#include <fstream>
 #include <numeric>
 #include <random>
 
@@ -15,11 +14,6 @@ using namespace tinyllama;
 using namespace tinyllama::test;
 namespace fs = std::filesystem;
 
-std::string content(const fs::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
-void put(const fs::path& path, const std::string& bytes) { std::ofstream(path, std::ios::binary) << bytes; }
 
 /// A file as the format says, made without the writer.
 template <class T>
@@ -51,7 +45,7 @@ std::vector<std::string> names(const std::vector<fs::path>& files) {
 template <class T>
 void reads(std::uint8_t code, const std::vector<T>& ids, const std::vector<std::int32_t>& expected) {
   const TempFolder tmp;
-  put(tmp / "x.bin", packed(code, ids));
+  write_file(tmp / "x.bin", packed(code, ids));
   const PackedFile file(tmp / "x.bin");
   CAPTURE(std::string(name_of(file.type())));
   CHECK(file.size() == static_cast<std::int64_t>(ids.size()));
@@ -73,7 +67,7 @@ TEST_CASE("packed: the writer's bytes are the format's") {
   CHECK(summary.leftover == 0);
   REQUIRE(names(summary.files) == std::vector<std::string>{"train_0000000000.bin"});
   const std::string expected("LITPKDS\x01\0\0\0\0\0\0\0\x08\x06\0\0\0\0\0\0\0\x01\0\x2c\x01\xff\x7c\x04\0\x05\0\x06\0", 36);
-  CHECK(content(tmp / "train_0000000000.bin") == expected);
+  CHECK(read_file(tmp / "train_0000000000.bin") == expected);
   CHECK(expected == packed<std::uint16_t>(8, {1, 300, 31999, 4, 5, 6}));
 }
 
@@ -83,7 +77,7 @@ TEST_CASE("packed: the type of an id follows from the vocabulary, as in lit-gpt"
   const TempFolder tmp;
   PackedWriter writer(tmp.path(), "p", 100000, {.block = 2, .chunk_blocks = 1});
   writer.add(std::vector<std::int32_t>{99999, 65536});
-  CHECK(content(writer.finish().files.at(0)) == packed<std::int32_t>(4, {99999, 65536}));
+  CHECK(read_file(writer.finish().files.at(0)) == packed<std::int32_t>(4, {99999, 65536}));
   reads<std::uint8_t>(1, {0, 255}, {0, 255});
   reads<std::int8_t>(2, {-1, 127}, {-1, 127});
   reads<std::int16_t>(3, {-2, 32767}, {-2, 32767});
@@ -155,7 +149,7 @@ TEST_CASE("packed: wrong options and ids are refused") {
   check_error([&] { PackedWriter(tmp.path(), "a", 10, {.block = 1}); }, {"block", "found 1"});
   check_error([&] { PackedWriter(tmp.path(), "a", 10, {.chunk_blocks = 0}); }, {"chunk_blocks", "found 0"});
   check_error([&] { PackedWriter(tmp.path(), "a", 10, {.chunk_blocks = std::int64_t{1} << 60}); }, {"chunk_blocks"});
-  put(tmp / "file", "x");
+  write_file(tmp / "file", "x");
   check_error([&] { PackedWriter(tmp / "file", "a", 10); }, {"file"});
   PackedWriter writer(tmp.path(), "a", 10);
   check_error([&] { writer.add(std::vector<std::int32_t>{1, 2, 10}); }, {"a: token 2", "0 to 9", "found 10"});
@@ -166,7 +160,7 @@ TEST_CASE("packed: damaged files are refused") {
   const TempFolder tmp;
   const std::string good = packed<std::uint16_t>(8, {1, 2, 3});
   const auto refused = [&](const std::string& bytes, std::initializer_list<std::string_view> words) {
-    put(tmp / "x.bin", bytes);
+    write_file(tmp / "x.bin", bytes);
     check_error([&] { PackedFile file(tmp / "x.bin"); }, {"x.bin"});
     check_error([&] { PackedFile file(tmp / "x.bin"); }, words);
   };
@@ -191,7 +185,7 @@ TEST_CASE("packed: damaged files are refused") {
   for (int i = 0; i < 2000; ++i) {
     std::string bytes = good.substr(0, random() % (good.size() + 1));
     for (unsigned n = random() % 4; n > 0 && !bytes.empty(); --n) bytes[random() % bytes.size()] = static_cast<char>(random());
-    put(tmp / "x.bin", bytes);
+    write_file(tmp / "x.bin", bytes);
     std::size_t size = 0;
     try {
       size = read_all(tmp / "x.bin").size();
@@ -203,7 +197,7 @@ TEST_CASE("packed: damaged files are refused") {
 
 TEST_CASE("packed: ids outside the vocabulary, ranges outside the file, and a trailing run") {
   const TempFolder tmp;
-  put(tmp / "x.bin", packed<std::uint16_t>(8, {1, 2, 500, 3, 1, 1, 1}));
+  write_file(tmp / "x.bin", packed<std::uint16_t>(8, {1, 2, 500, 3, 1, 1, 1}));
   const PackedFile file(tmp / "x.bin");
   CHECK(file.find_outside(0, 7, 500) == 2);
   CHECK_FALSE(file.find_outside(0, 7, 501));
@@ -218,9 +212,9 @@ TEST_CASE("packed: ids outside the vocabulary, ranges outside the file, and a tr
   check_error([&] { file.read(4, ids); }, {"x.bin", "inside the 7", "4 from 4"});
   check_error([&] { file.read(-1, ids); }, {"from -1"});
   check_error([&] { file.prefetch(0, 8); }, {"8 from 0"});
-  put(tmp / "n.bin", packed<std::int64_t>(5, {4294967298, -1}));
+  write_file(tmp / "n.bin", packed<std::int64_t>(5, {4294967298, -1}));
   check_error([&] { PackedFile(tmp / "n.bin").check_ids(10); }, {"token 0", "found 4294967298"});
-  put(tmp / "e.bin", packed<std::uint16_t>(8, {}));
+  write_file(tmp / "e.bin", packed<std::uint16_t>(8, {}));
   CHECK(PackedFile(tmp / "e.bin").size() == 0);
   CHECK(PackedFile(tmp / "e.bin").trailing_run() == 0);
 }

@@ -2,9 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
-#include <fstream>
 #include <limits>
-#include <sstream>
 
 #include "tests/support.hpp"
 #include "tinyllama/train/run_log.hpp"
@@ -14,13 +12,6 @@ using namespace tinyllama::test;
 
 namespace {
 
-std::string text_of(const std::filesystem::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  std::ostringstream s;
-  s << in.rdbuf();
-  return s.str();
-}
-void write(const std::filesystem::path& path, const std::string& text) { std::ofstream(path, std::ios::binary) << text; }
 
 constexpr double missing = std::numeric_limits<double>::quiet_NaN();
 
@@ -56,10 +47,10 @@ TEST_CASE("csv: rows, in numbers that read back") {
   const TempFolder folder;
   CsvLog log(folder / "log.csv", {"loss", "tokens", "validation"});
   log.row(1, {2.5, 3e12, missing});
-  CHECK(text_of(folder / "log.csv") == "step,loss,tokens,validation\n1,2.5,3000000000000,\n");  // there at once
+  CHECK(read_file(folder / "log.csv") == "step,loss,tokens,validation\n1,2.5,3000000000000,\n");  // there at once
   log.row(20, {static_cast<double>(0.1f), -0.0, 4.25});
   log.row(1'430'512, {1.0 / 3, std::numeric_limits<double>::infinity(), 1e-7});
-  CHECK(text_of(folder / "log.csv") == "step,loss,tokens,validation\n1,2.5,3000000000000,\n20,0.100000001,0,4.25\n1430512,0.333333333,inf,1e-07\n");
+  CHECK(read_file(folder / "log.csv") == "step,loss,tokens,validation\n1,2.5,3000000000000,\n20,0.100000001,0,4.25\n1430512,0.333333333,inf,1e-07\n");
   CHECK(std::strtof("0.100000001", nullptr) == 0.1f);
 }
 
@@ -67,9 +58,9 @@ TEST_CASE("csv: a resumed run cuts what came after its step") {
   const TempFolder folder;
   const auto path = folder / "log.csv";
   const auto resumed = [&](const std::string& old, std::int64_t step) {
-    write(path, old);
+    write_file(path, old);
     CsvLog(path, {"a"}, step).row(99, {9});
-    return text_of(path);
+    return read_file(path);
   };
   const std::string rows = "step,a\n1,1\n2,2\n2,2.5\n3,3\n";
   CHECK(resumed(rows, 2) == "step,a\n1,1\n2,2\n2,2.5\n99,9\n");
@@ -82,22 +73,22 @@ TEST_CASE("csv: a resumed run cuts what came after its step") {
   CHECK(resumed("", 4) == "step,a\n99,9\n");
   std::filesystem::remove(path);
   CsvLog(path, {"a"}, 5).row(6, {1});  // nothing to go on with
-  CHECK(text_of(path) == "step,a\n6,1\n");
+  CHECK(read_file(path) == "step,a\n6,1\n");
   CsvLog(path, {"b"});  // a new run begins anew
-  CHECK(text_of(path) == "step,b\n");
+  CHECK(read_file(path) == "step,b\n");
 }
 
 TEST_CASE("csv: what cannot be logged") {
   const TempFolder folder;
   const auto path = folder / "log.csv";
-  write(path, "step,other\n1,2\n");
+  write_file(path, "step,other\n1,2\n");
   CHECK_THROWS_WITH_AS(CsvLog(path, {"a"}, 1), doctest::Contains("log.csv:1: header: expected step,a, found step,other"), Error);
-  write(path, "something else");
+  write_file(path, "something else");
   CHECK_THROWS_WITH_AS(CsvLog(path, {"a"}, 1), doctest::Contains("header"), Error);
-  CHECK(text_of(path) == "something else");
-  write(path, "step,a\n1,2\nx,3\n");
+  CHECK(read_file(path) == "something else");
+  write_file(path, "step,a\n1,2\nx,3\n");
   CHECK_THROWS_WITH_AS(CsvLog(path, {"a"}, 5), doctest::Contains("log.csv:3: row"), Error);
-  write(path, "step,a\n\n");
+  write_file(path, "step,a\n\n");
   CHECK_THROWS_WITH_AS(CsvLog(path, {"a"}, 5), doctest::Contains("log.csv:2: row"), Error);
   CHECK_THROWS_WITH_AS(CsvLog(path, {"a,b"}), doctest::Contains("'a,b'"), Error);
   CHECK_THROWS_WITH_AS(CsvLog(path, {""}), doctest::Contains("column"), Error);
@@ -149,7 +140,7 @@ TEST_CASE("svg: a plot of training and validation") {
   }
   training.values[100'000] = 1e6;  // a spike
   write_loss_svg(folder / "loss.svg", std::vector{training, validation}, {.title = "A run"});
-  const std::string svg = text_of(folder / "loss.svg");
+  const std::string svg = read_file(folder / "loss.svg");
   CHECK(well_formed(svg));
   CHECK(svg.size() < 200'000);  // however long the run
   CHECK(svg.find("training &lt;a&gt; &amp; &quot;b&quot;") != svg.npos);
@@ -173,7 +164,7 @@ TEST_CASE("svg: hardly anything to draw, and nothing") {
   const TempFolder folder;
   const auto drawn = [&](const std::vector<Curve>& curves) {
     write_loss_svg(folder / "loss.svg", curves);
-    const std::string svg = text_of(folder / "loss.svg");
+    const std::string svg = read_file(folder / "loss.svg");
     CHECK(well_formed(svg));
     CHECK(svg.find("nan") == svg.npos);
     CHECK(svg.find("inf") == svg.npos);

@@ -4,7 +4,6 @@
 
 #include <doctest/doctest.h>
 
-#include <fstream>
 #include <random>
 
 #include "tests/distributed/thread_ranks.hpp"
@@ -82,11 +81,6 @@ std::string refusal(const fs::path& folder, int ranks = 1) {
   return "none";
 }
 
-std::string text_of(const fs::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
-void put(const fs::path& path, const std::string& text) { std::ofstream(path, std::ios::binary) << text; }
 
 }  // namespace
 
@@ -135,14 +129,14 @@ TEST_CASE("sharded checkpoint: older ones go, and nothing half done stays") {
   for (const auto& e : fs::directory_iterator(tmp.path())) entries += !e.path().empty();
   CHECK(entries == 1);
   // One rank cannot write: all throw, and what was there is there.
-  const auto before = text_of(tmp / "step-00000003" / "training_state.json");
+  const auto before = read_file(tmp / "step-00000003" / "training_state.json");
   CHECK_THROWS_AS(on_trainers(2, Sharding::fsdp,
                               [&](Trainer<small>& trainer, int) {
                                 trainer.resume(3);
                                 save_sharded_checkpoint(tmp.path(), trainer, "{}", {.tokenizer = tmp / "nowhere" / "tokenizer.model"});
                               }),
                   Error);
-  CHECK(text_of(tmp / "step-00000003" / "training_state.json") == before);
+  CHECK(read_file(tmp / "step-00000003" / "training_state.json") == before);
   CHECK(list_checkpoints(tmp.path()).size() == 1);
 }
 
@@ -161,21 +155,21 @@ TEST_CASE("sharded checkpoint: damaged, missing and foreign parts are refused by
   const std::string second = "training_state-00002-of-00002.safetensors";
   CHECK(changed([&](const fs::path& p) { fs::remove(p / second); }).find(second + ": expected a readable file") != std::string::npos);
   CHECK(changed([&](const fs::path& p) {
-          std::string bytes = text_of(p / second);
+          std::string bytes = read_file(p / second);
           bytes[bytes.size() - 30] ^= 1;
-          put(p / second, bytes);
+          write_file(p / second, bytes);
         }).find("the file was damaged") != std::string::npos);
   CHECK(changed([&](const fs::path& p) {
-          std::string bytes = text_of(p / "model.safetensors");
+          std::string bytes = read_file(p / "model.safetensors");
           bytes[bytes.size() - 30] ^= 1;
-          put(p / "model.safetensors", bytes);
+          write_file(p / "model.safetensors", bytes);
         }, 3).find("the file was damaged") != std::string::npos);
   const auto in_json = [&](const std::string& what, const std::string& with) {
     return changed([&](const fs::path& p) {
-      std::string text = text_of(p / "training_state.json");
+      std::string text = read_file(p / "training_state.json");
       const auto at = text.find(what);
       REQUIRE(at != std::string::npos);
-      put(p / "training_state.json", text.replace(at, what.size(), with));
+      write_file(p / "training_state.json", text.replace(at, what.size(), with));
     });
   };
   CHECK(in_json("\"ranks\": 2", "\"ranks\": 3").find("checksums of shards") != std::string::npos);
@@ -185,10 +179,10 @@ TEST_CASE("sharded checkpoint: damaged, missing and foreign parts are refused by
   CHECK(in_json("\"step\": 3", "\"step\": -3").find("step: expected 0 or more") != std::string::npos);
   CHECK(in_json("training state 1", "training state 9").find("format: expected ") != std::string::npos);
   CHECK(changed([&](const fs::path& p) {
-          std::string text = text_of(p / "config.json");
+          std::string text = read_file(p / "config.json");
           const std::string what = "\"num_hidden_layers\": 2";
           REQUIRE(text.find(what) != std::string::npos);
-          put(p / "config.json", text.replace(text.find(what), what.size(), "\"num_hidden_layers\": 3"));
+          write_file(p / "config.json", text.replace(text.find(what), what.size(), "\"num_hidden_layers\": 3"));
         }).find("num_hidden_layers: expected 2") != std::string::npos);
 }
 
@@ -197,7 +191,7 @@ TEST_CASE("sharded checkpoint: a changed JSON is an Error or changes nothing") {
   const TempFolder tmp;
   const State expected = train_and_save(tmp.path(), 2, Sharding::fsdp);
   const fs::path json = tmp / "step-00000003" / "training_state.json";
-  const std::string good = text_of(json);
+  const std::string good = read_file(json);
   std::mt19937 random(3);
   int refused = 0;
   for (int i = 0; i < 400; ++i) {
@@ -206,7 +200,7 @@ TEST_CASE("sharded checkpoint: a changed JSON is an Error or changes nothing") {
     if (i % 3 == 0) bad[at] = static_cast<char>(random() % 256);
     else if (i % 3 == 1) bad.erase(at, 1 + random() % 40);
     else bad.insert(at, 1, "0123456789[]{},\"-"[random() % 17]);
-    put(json, bad);
+    write_file(json, bad);
     Cpu dev({.threads = 1, .kernels = nullptr});
     Trainer<small> t(dev, how());
     try {

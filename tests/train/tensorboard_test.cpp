@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstring>
 #include <fstream>
-#include <sstream>
 
 #include "tests/support.hpp"
 #include "tinyllama/train/tensorboard.hpp"
@@ -14,12 +13,6 @@ using namespace tinyllama::test;
 
 namespace {
 
-std::string text_of(const std::filesystem::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  std::ostringstream s;
-  s << in.rdbuf();
-  return s.str();
-}
 
 template <class T>
 T value_at(std::string_view s, std::size_t at) {
@@ -106,7 +99,7 @@ TEST_CASE("tensorboard: an event file") {
   CHECK(log.path().filename().string().find("tfevents") != std::string::npos);
   log.scalars(300, {{"train/loss", 2.5f}, {"lr", 4e-4f}}, 1234.5);
   log.scalars(-1, {{"x", 0}});
-  const auto r = records(text_of(log.path()));
+  const auto r = records(read_file(log.path()));
   REQUIRE(r.size() == 3);
 
   const auto version = fields(r[0]);
@@ -142,7 +135,7 @@ TEST_CASE("tensorboard: a resumed run writes a file of its own, which begins at 
   TensorBoardLog first(folder.path()), second(folder.path(), 200);
   CHECK(first.path() != second.path());
   CHECK(first.path().filename() < second.path().filename());
-  const auto r = records(text_of(second.path()));
+  const auto r = records(read_file(second.path()));
   REQUIRE(r.size() == 2);
   const auto start = fields(r[1]);
   REQUIRE(start.size() == 3);

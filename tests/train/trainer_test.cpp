@@ -5,37 +5,17 @@
 
 #include <map>
 
-#include "tests/model/golden.hpp"
+#include "tests/train/golden.hpp"
 
 namespace tl = tinyllama;
 using namespace tinyllama::test;
 
 namespace {
 
-constexpr tl::index_t T = 48;
-
-template <class C>
-struct Golden {
-  Reference reference{golden_folder<C>()};
-  tl::Checkpoint file = tl::open_checkpoint(golden_folder<C>());
-  std::vector<std::int32_t> inputs = reference.ids("input_ids"), targets = reference.ids("targets");
-};
+constexpr tl::index_t T = golden_tokens;
 
 /// As the goldens were made; logits in chunks that do not divide the rows.
 tl::TrainerOptions as_golden(tl::Precision precision) { return {.peak_lr = 1e-3f, .precision = precision, .tokens = T, .logits_rows = 40}; }
-
-/// The worst relative error of a tensor of `flat` against the reference's tensors PREFIX + name.
-template <class C>
-double worst(const Reference& reference, const std::string& prefix, std::span<const float> flat) {
-  double most = 0;
-  tl::for_each_parameter(C{}, [&](const tl::Parameter& p) {
-    const auto expected = reference.values<float>((prefix + p.hf_name()).c_str());
-    const double error = relative_error(flat.first(expected.size()), expected);
-    most = error > most || std::isnan(error) ? error : most;
-    flat = flat.subspan(expected.size());
-  });
-  return most;
-}
 
 std::vector<float> copy(std::span<const float> v) { return {v.begin(), v.end()}; }
 

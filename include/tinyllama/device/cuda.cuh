@@ -78,6 +78,13 @@ class CudaDevice {
   /// Bytes of the card that this device has given out, its own scratch included; and the most that it ever had.
   std::size_t bytes_in_use() const { return pool_.used(); }
   std::size_t most_bytes_in_use() const { return pool_.most_used(); }
+  /// Bytes of the card that are taken, by whomever: CUDA's own and other libraries' included.
+  std::size_t card_bytes_in_use() const {
+    const cuda::Current here(card_);
+    std::size_t free = 0, total = 0;
+    cuda::check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo", name_);
+    return total - free;
+  }
   /// Waits for all that was asked for.
   void synchronize() const { stream_.synchronize(); }
 

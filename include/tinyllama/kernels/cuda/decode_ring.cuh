@@ -5,6 +5,7 @@
 #pragma once
 
 #include "tinyllama/kernels/cuda/decode_plan.cuh"
+#include "tinyllama/kernels/cuda/packed_values.cuh"
 #include "tinyllama/kernels/cuda/ring.cuh"
 
 namespace tinyllama::cuda::decode {

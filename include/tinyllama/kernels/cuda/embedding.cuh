@@ -2,7 +2,7 @@
 #pragma once
 
 #include "tinyllama/kernels/cuda/batch.hpp"
-#include "tinyllama/kernels/cuda/pack.cuh"
+#include "tinyllama/kernels/cuda/packed_values.cuh"
 #include "tinyllama/kernels/cuda/vectors.cuh"
 
 namespace tinyllama::cuda {

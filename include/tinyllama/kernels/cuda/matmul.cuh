@@ -2,6 +2,7 @@
 #pragma once
 
 #include "tinyllama/kernels/cuda/blas.cuh"
+#include "tinyllama/kernels/cuda/dequantise.cuh"
 #include "tinyllama/kernels/cuda/matvec.cuh"
 #include "tinyllama/kernels/cuda/vectors.cuh"
 

@@ -5,7 +5,7 @@
 // Loads and arithmetic come to some 45 instructions for 32 weights of 4 bits, a quarter of what an SM issues while they arrive at 2.9 TB/s.
 #pragma once
 
-#include "tinyllama/kernels/cuda/pack.cuh"
+#include "tinyllama/kernels/cuda/packed_values.cuh"
 
 namespace tinyllama::cuda {
 
@@ -183,7 +183,7 @@ __global__ void matvec_int8_kernel(MatvecTask<std::byte, Y> task) {
 #pragma unroll
   for (int t = 0; t < T; ++t) {
     const float y = warp_sum(acc[t]);
-    if (lane == 0) task.y[t * task.ldy + row] = detail::from_float<Y>(y);
+    if (lane == 0) task.y[t * task.ldy + row] = from_float<Y>(y);
   }
 }
 
@@ -208,7 +208,7 @@ __global__ void matvec_float_kernel(MatvecTask<X, Y> task) {
 #pragma unroll
   for (int t = 0; t < T; ++t) {
     const float y = warp_sum(acc[t]) * row_scale<F>(w, task.k);
-    if (lane == 0) task.y[t * task.ldy + row] = detail::from_float<Y>(y);
+    if (lane == 0) task.y[t * task.ldy + row] = from_float<Y>(y);
   }
 }
 

@@ -3,7 +3,7 @@
 
 #include <cuda.h>
 
-#include "tinyllama/kernels/cuda/pack.cuh"
+#include "tinyllama/kernels/cuda/packed_values.cuh"
 
 namespace tinyllama::cuda::stream {
 
