@@ -70,7 +70,7 @@ void run(Options& o) {
     if (!o.ranks.first() || seconds.empty()) return;
     const tl::index_t rows = (o.rows + o.ranks.size() - 1) / o.ranks.size();
     const tl::TrainingPlan plan = tl::training_plan<D>(c, {.batch = how.micro_rows > 0 ? std::min(rows, how.micro_rows) : rows, .tokens = o.tokens, .checkpointing = how.checkpointing,
-                                                           .precision = trainer.options().precision, .moments = how.moments, .sharding = o.ranks.sharding(), .ranks = o.ranks.size()});
+                                                           .precision = trainer.options().precision, .moments = how.moments, .sharding = o.ranks.sharding(), .ranks = o.ranks.size(), .wire = o.ranks.wire()});
     std::sort(seconds.begin(), seconds.end());
     const double s = seconds[seconds.size() / 2], gib = static_cast<double>(trainer.bytes()) / (1 << 30);
     std::printf("%s %d ranks %s, %d rows of %d: %.1f ms a step (best %.1f), %.0f tokens/s, %.2f GiB of a rank%s, planned %.2f with scratch\n", o.preset.c_str(), o.ranks.size(),

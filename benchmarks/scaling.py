@@ -107,7 +107,9 @@ def memory(sharding, ranks, case):
     elif sharding == "zero1":
         b = 6 * n + 18 * own  # own f32 weights, their copy on its way, moments and summed gradients
     else:
-        b = 18 * own + 4 * max(PARTS) * (case.weight_bytes + case.gradient_bytes) / 2
+        b = 18 * own + 2 * max(PARTS) * (case.weight_bytes + 4)  # and addends, small
+    if case.gradient_bytes == 2:
+        b += 2 * (max(PARTS) + (25 * 2**18 if sharding == "ddp" else 0))  # room for one message
     return b / 2**30
 
 
@@ -145,8 +147,9 @@ def main():
     if options.check:
         return check()
     nvlink, eight_nics, one_nic = 210e9, 210e9, 45e9
-    table(Machine("2", 2, nvlink, 30e-6), Case(rate=options.rate), "2 GPUs, one micro-batch of 16 rows: as measured")
-    for name, size in (("gradients in f32, as the code is", 4), ("gradients in bf16", 2)):
+    for name, size in (("f32", 4), ("bf16", 2)):
+        table(Machine("2", 2, nvlink, 30e-6), Case(rate=options.rate, gradient_bytes=size), f"2 GPUs, one micro-batch of 16 rows, gradients in {name}: as measured")
+    for name, size in (("gradients in f32", 4), ("gradients in bf16 (--wire bf16)", 2)):
         case = Case(rate=options.rate, gradient_bytes=size)
         print(f"\n### {name}")
         table(Machine("8", 8, nvlink, 30e-6), dataclasses.replace(case, micro=8), "8 GPUs, 8 micro-batches of 16 rows (the paper's batch of 2.1M tokens)")

@@ -223,7 +223,7 @@ void pretrain(Options& o) {
     const std::int64_t micro = learning.micro_rows > 0 ? learning.micro_rows : (o.batch + o.ranks.size() - 1) / o.ranks.size();
     const tl::TrainingPlan plan = tl::training_plan<D>(config, {.batch = micro, .tokens = T, .checkpointing = learning.checkpointing,
                                                              .precision = trainer.options().precision, .moments = learning.moments, .threads = example::threads_of(dev), .sharding = o.ranks.sharding(),
-                                                             .ranks = o.ranks.size()});
+                                                             .ranks = o.ranks.size(), .wire = o.ranks.wire()});
     summary.update({{"checkpoint", newest ? newest->string() : ""}, {"resumed", resumed}, {"parameters", tl::parameter_count(config)},
                     {"peak_flops", peak}, {"threads", example::threads_of(dev)}, {"ranks", o.ranks.size()}, {"instruction_set", example::instruction_set(dev)}, {"peak_bytes", example::peak_bytes(dev)},
                     {"planned_bytes", plan.total()}});

@@ -11,10 +11,12 @@
 #include <tinyllama/distributed/staged.hpp>
 #endif
 
+#include <algorithm>
 #include <csignal>
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "common.hpp"
 
@@ -36,6 +38,7 @@ class Ranks {
         ->check(CLI::IsMember({"none", "ddp", "zero1", "fsdp"}))->capture_default_str();
     app.add_option("--backend", backend_, "what connects ranks on cards: nccl, or mpi by way of the host's memory, also where ranks share a card")
         ->check(CLI::IsMember({"nccl", "mpi"}))->capture_default_str();
+    app.add_option("--wire", wire_, "what gradients are while cards sum them: f32, or bf16, half the bytes, each sum of two rounded")->check(CLI::IsMember(wire_names()))->capture_default_str();
     app.add_option("--timeout", timeout_, "seconds after which a rank that does not answer is an error; 0: never")->check(CLI::NonNegativeNumber)->capture_default_str();
   }
 
@@ -63,6 +66,7 @@ class Ranks {
     using tinyllama::Sharding;
     return parallel_ == "fsdp" ? Sharding::fsdp : parallel_ == "zero1" ? Sharding::zero1 : parallel_ == "ddp" && size_ > 1 ? Sharding::ddp : Sharding::none;
   }
+  tinyllama::Format wire() const { return *std::find_if(tinyllama::wire_formats.begin(), tinyllama::wire_formats.end(), [&](tinyllama::Format f) { return tinyllama::name(f) == wire_; }); }
   /// Threads of this rank, where `wanted` is 0: its part of the cores that it shares with others.
   int threads(int wanted) const { return wanted > 0 ? wanted : std::max(1, tinyllama::available_cores() / neighbours_); }
 
@@ -74,7 +78,7 @@ class Ranks {
   TrainerPeers<D> peers(D& dev) {
     using namespace tinyllama;
     if (sharding() == Sharding::none) return {};
-    const ParallelOptions options{.sharding = sharding()};
+    const ParallelOptions options{.sharding = sharding(), .wire = wire()};
     const auto over = [&]<class M>(std::shared_ptr<M> m) { return TrainerPeers<D>{m, std::make_unique<Parallel<D, M>>(*m, options)}; };
 #if defined(TINYLLAMA_MPI)
     if (mpi_) {
@@ -101,7 +105,12 @@ class Ranks {
   }
 
  private:
-  std::string parallel_ = "ddp", backend_ = "nccl";
+  static std::vector<std::string> wire_names() {
+    std::vector<std::string> names;
+    for (const tinyllama::Format f : tinyllama::wire_formats) names.emplace_back(tinyllama::name(f));
+    return names;
+  }
+  std::string parallel_ = "ddp", backend_ = "nccl", wire_ = "f32";
   double timeout_ = 25;
   int rank_ = 0, size_ = 1, neighbours_ = 1;
 #if defined(TINYLLAMA_MPI)

@@ -37,6 +37,7 @@ TrainerOptions how() { return {.peak_lr = 3e-3f, .clip = 0.5f, .tokens = T, .mic
 struct Outcome {
   std::vector<float> losses, norms, gradients, weights, moment;
   float evaluation = 0;
+  int repeated = 0;  // graphs of parts and of updates
 };
 
 template <class C, class D>
@@ -61,15 +62,18 @@ Outcome alone(const Batch& batch, const TrainerOptions& options) {
   return learn(t, batch, 0, 1);
 }
 template <class C, class D>
-std::vector<Outcome> together(const Batch& batch, const TrainerOptions& options, int ranks, Sharding sharding) {
+std::vector<Outcome> together(const Batch& batch, const TrainerOptions& options, int ranks, Sharding sharding, bool records = true) {
   std::vector<Outcome> all(static_cast<std::size_t>(ranks));
   on_ranks(ranks, [&](ThreadRank& thread) {
     D dev;
     training_of(dev).plain_attention = true;  // cuDNN's sums have no fixed order
+    training_of(dev).records = records;
     CardRank<D> m(thread, dev);
     Parallel<D, CardRank<D>> peers(m, {.sharding = sharding, .bucket_bytes = 20000});
     Trainer<C, D> t(dev, options, {}, &peers);
-    all[static_cast<std::size_t>(m.rank())] = learn(t, batch, m.rank(), ranks);
+    Outcome& mine = all[static_cast<std::size_t>(m.rank())];
+    mine = learn(t, batch, m.rank(), ranks);
+    mine.repeated = training_of(dev).repeated;
   });
   return all;
 }
@@ -141,6 +145,34 @@ TEST_CASE_TEMPLATE("cuda parallel: what is shared does not change a bit", D, Cud
       CHECK(found.weights == expected.weights);
     }
   }
+}
+
+TEST_CASE_TEMPLATE("cuda parallel: steps recorded part by part have the bits of steps launched kernel by kernel", D, CudaF32, Cuda) {
+  if (no_card()) return;
+  const auto check = [&]<class C>(C) {
+    const Batch batch(6);
+    for (const Sharding s : shardings)
+      for (const int ranks : {1, 2}) {
+        CAPTURE(static_cast<int>(s)); CAPTURE(ranks);
+        const std::vector<Outcome> plain = together<C, D>(batch, how(), ranks, s, false), recorded = together<C, D>(batch, how(), ranks, s);
+        for (std::size_t r = 0; r < plain.size(); ++r) {
+          CHECK(recorded[r].losses == plain[r].losses);
+          CHECK(recorded[r].norms == plain[r].norms);
+          CHECK(recorded[r].gradients == plain[r].gradients);
+          CHECK(recorded[r].moment == plain[r].moment);
+          CHECK(recorded[r].weights == plain[r].weights);
+          CHECK(recorded[r].evaluation == plain[r].evaluation);
+          CHECK(plain[r].repeated == 0);
+          // Of 5 parts 9 stretches a pass. All 3 passes, or 6, of steps 1 to 3, and their updates, but for the very first stretch, before which the device had no scratch; in step 0 the passes that come
+          // a second time: those whose rows of logits all count, or do not, as in one before. With fsdp the buffers of a pass may be others than the one before had.
+          const int passes = 6 / ranks, again = ranks == 1 ? 3 : r == 0 ? 0 : 1;
+          if (s == Sharding::fsdp) CHECK(recorded[r].repeated >= 9 * passes + 3);
+          else CHECK(recorded[r].repeated == 9 * (3 * passes + again) + 3 - 1);
+        }
+      }
+  };
+  check(small());
+  check(small_tied());
 }
 
 TEST_CASE_TEMPLATE("cuda parallel: adapters too", D, CudaF32, Cuda) {

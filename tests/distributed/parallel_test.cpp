@@ -4,9 +4,12 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
+#include <cstring>
+#include <random>
 
 #include "tests/distributed/rows.hpp"
 #include "tests/distributed/thread_ranks.hpp"
+#include "tests/support.hpp"
 #include "tinyllama/train/dpo.hpp"
 #include "tinyllama/train/trainer.hpp"
 
@@ -101,6 +104,136 @@ TEST_CASE_TEMPLATE("parallel: losses, norms, gradients, weights and moments of 1
       CAPTURE(ranks);
       check_same(together<C>(batch, how(), ranks, s), expected);
     }
+}
+
+namespace {
+/// Sums that travel in bf16, one after the other, as Nccl does it.
+class NarrowRank : public ThreadRank {
+ public:
+  using ThreadRank::ThreadRank, ThreadRank::start_all_reduce, ThreadRank::start_reduce_scatter;
+  explicit NarrowRank(const ThreadRank& rank) : ThreadRank(rank) {}
+  Request start_all_reduce(float* out, index_t n, const Wire& wire, std::string_view what) {
+    auto* const room = narrow(wire, out, n);
+    Request r = start_all_reduce(room, n, wire.format, Reduction::sum, what);
+    wait(r);
+    widen(room, n, out);
+    return {};
+  }
+  Request start_reduce_scatter(float* out, const float* in, const Shards& s, const Wire& wire, std::string_view what) {
+    const bf16* const room = narrow(wire, in, s.n);
+    std::vector<bf16> sum(static_cast<std::size_t>(s.of(rank()).size()));
+    Request r = start_reduce_scatter(sum.data(), room, s, wire.format, Reduction::sum, what);
+    wait(r);
+    widen(sum.data(), static_cast<index_t>(sum.size()), out);
+    return {};
+  }
+
+ private:
+  static void widen(const bf16* x, index_t n, float* out) {
+    std::transform(x, x + n, out, [](bf16 value) { return static_cast<float>(value); });
+  }
+  static bf16* narrow(const Wire& wire, const float* x, index_t n) {
+    auto* const room = static_cast<bf16*>(wire.room);
+    std::transform(x, x + n, room, [](float value) { return bf16(value); });
+    return room;
+  }
+};
+static_assert(Communicator<NarrowRank>);
+}  // namespace
+
+TEST_CASE_TEMPLATE("parallel: gradients in bf16 on the wire", C, small, small_tied) {
+  const Batch batch(7);
+  const Outcome first = alone<C>(batch, how(), 1), expected = alone<C>(batch, how());
+  for (const Sharding s : shardings)
+    for (const int ranks : {1, 2, 3}) {
+      CAPTURE(static_cast<int>(s)); CAPTURE(ranks);
+      std::size_t bytes[2] = {}, sent[2] = {};
+      const auto run = [&](Format wire, int steps) {
+        std::vector<Outcome> all(static_cast<std::size_t>(ranks));
+        on_ranks(ranks, [&](ThreadRank& thread) {
+          Cpu dev({.threads = 1, .kernels = nullptr});
+          NarrowRank m(thread);
+          Parallel<Cpu, NarrowRank> peers(m, {.sharding = s, .bucket_bytes = 20000, .wire = wire});
+          Trainer<C> t(dev, how(), {}, &peers);
+          all[static_cast<std::size_t>(m.rank())] = learn(t, batch, m.rank(), ranks, steps);
+          if (m.rank() == 0) bytes[wire == Format::f32] = t.bytes(), sent[wire == Format::f32] = m.sent();
+        });
+        return all;
+      };
+      // Each rank's gradient and each sum of two is rounded, by 2^-9 at most; those of later steps belong to other weights.
+      for (const Outcome& o : run(Format::bf16, 1)) {
+        const double error = difference(o.gradients, first.gradients);
+        CHECK(error < 4e-3);
+        CHECK(error > 5e-4);
+      }
+      const std::vector<Outcome> all = run(Format::bf16, 6);
+      for (const Outcome& o : all) {
+        CHECK(difference(o.losses, expected.losses) < 1e-3);
+        CHECK(o.weights == all.front().weights);
+      }
+      check_same(run(Format::f32, 6), expected);
+      CHECK(bytes[0] - bytes[1] == wire_bytes(Format::bf16, s, partition_sizes(C{}, ranks).largest_part, 20000));
+      CHECK(sent[0] < sent[1]);
+    }
+}
+
+namespace {
+// As in tests/train/parity_test.cpp: English text, a small model, 50 steps of its schedule.
+struct parity_config : llama_defaults {
+  static constexpr int layers = 4, hidden = 128, heads = 4, kv_heads = 2, ffn = 352, vocab = 512, context = 64;
+};
+std::vector<float> losses_of_50_steps(int ranks, Format wire) {
+  constexpr std::size_t rows = 8, tokens = 64;
+  const MappedFile file(fixture("train/tokens.u16"));
+  std::vector<std::uint16_t> ids(file.bytes().size() / 2);
+  std::memcpy(ids.data(), file.bytes().data(), ids.size() * 2);
+  std::vector<float> losses;
+  on_ranks(ranks, [&](ThreadRank& thread) {
+    Cpu dev({.threads = 1, .kernels = nullptr});
+    NarrowRank m(thread);
+    Parallel<Cpu, NarrowRank> peers(m, {.sharding = Sharding::zero1, .wire = wire});
+    const StagedSchedule schedule{Schedule{.decay = Decay::cosine, .peak = 1e-3, .minimum = 1e-4, .warmup = 20, .steps = 200}};
+    Trainer<parity_config> t(dev, {.schedule = schedule, .precision = Precision::f32, .tokens = tokens, .seed = 1}, {}, &peers);
+    const std::size_t mine = rows / static_cast<std::size_t>(ranks);
+    std::vector<std::int32_t> inputs, targets;
+    for (std::size_t step = 0; step < 50; ++step) {
+      inputs.clear(), targets.clear();
+      for (std::size_t r = 0; r < mine; ++r) {
+        const std::size_t start = (step * rows + static_cast<std::size_t>(m.rank()) * mine + r) * tokens % (ids.size() - tokens);
+        inputs.insert(inputs.end(), ids.begin() + static_cast<std::ptrdiff_t>(start), ids.begin() + static_cast<std::ptrdiff_t>(start + tokens));
+        targets.insert(targets.end(), ids.begin() + static_cast<std::ptrdiff_t>(start) + 1, ids.begin() + static_cast<std::ptrdiff_t>(start + tokens) + 1);
+      }
+      const float loss = t.step(inputs, targets);
+      if (m.rank() == 0) losses.push_back(loss);
+    }
+  });
+  return losses;
+}
+}  // namespace
+
+TEST_CASE("parallel: 50 steps with gradients in bf16 on the wire lose what they lose in f32") {
+  const std::vector<float> expected = losses_of_50_steps(1, Format::f32);
+  for (const int ranks : {2, 4}) {
+    const std::vector<float> f32 = losses_of_50_steps(ranks, Format::f32), bf16 = losses_of_50_steps(ranks, Format::bf16);
+    const auto worst = [&](const std::vector<float>& a) {
+      double most = 0;
+      for (std::size_t i = 0; i < a.size(); ++i) most = std::max(most, std::fabs(static_cast<double>(a[i]) / expected[i] - 1));
+      return most;
+    };
+    MESSAGE(ranks << " ranks: the worst step of 50 differs by " << worst(f32) << ", in bf16 by " << worst(bf16) << "; the last loss is " << expected.back() << ", " << f32.back() << ", " << bf16.back());
+    CHECK(worst(f32) < 1e-5);
+    CHECK(worst(bf16) < 5e-5);
+    CHECK(worst(bf16) > 1e-7);
+  }
+}
+
+TEST_CASE("parallel: a wire in bf16 over a communicator that does not narrow is an Error, and so is one of a format that is none") {
+  const auto make = [](Format wire) {
+    on_ranks(2, [&](ThreadRank& m) { Parallel<Cpu, ThreadRank>(m, {.wire = wire}); });
+  };
+  CHECK_THROWS_WITH_AS(make(Format::bf16), doctest::Contains("wire"), Error);
+  CHECK_THROWS_WITH_AS(make(Format::q8_0), doctest::Contains("f32 or bf16"), Error);
+  make(Format::f32);
 }
 
 TEST_CASE("parallel: more ranks than rows, one micro-batch, and buckets of all sizes") {

@@ -188,7 +188,7 @@ TEST_CASE("pretrain: stopped by SIGTERM it saves and ends with 0; resumed, with 
 
   const fs::path out = tiny.tmp / "stopped";
   const pid_t child = start(tiny.arguments("stopped", length), tiny.tmp / "o", tiny.tmp / "e");
-  for (int i = 0; i < 3000 && read_file(out / "log.csv").find("\n20,") == std::string::npos; ++i)
+  for (int i = 0; i < 3000 && !has(out / "log.csv", "\n20,"); ++i)
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
   ::kill(child, SIGTERM);
   CHECK(wait_for(child) == 0);
@@ -229,7 +229,7 @@ TEST_CASE("pretrain: SIGKILL at 50 random moments, and every loss is that of an 
     ::kill(child, SIGKILL);
     const int status = wait_for(child);
     const std::string err = read_file(tiny.tmp / "e");
-    if (fs::exists(out / "log.csv") && read_file(out / "log.csv").find('\n') != std::string::npos) check_same(rows(out / "log.csv"), whole);
+    if (has(out / "log.csv", "\n")) check_same(rows(out / "log.csv"), whole);
     if (status != 128 + SIGKILL) {  // it was done before: from the beginning
       REQUIRE_MESSAGE(status == 0, err);
       CHECK(rows(out / "log.csv").size() == 240);

@@ -170,12 +170,15 @@ TEST_CASE("train_step under mpirun: ranks on cards too, by way of the host's mem
   if (!skipped(true)) many_learn_what_one_does({2, 4}, "--device cuda", " --backend mpi");
 }
 
-TEST_CASE("train_step under mpirun: with --parallel none rank 0 works alone; and one rank that cannot read its input ends all") {
+TEST_CASE("train_step under mpirun: with --parallel none rank 0 works alone; what the wires cannot do is an Error; and one rank that cannot read its input ends all") {
   if (skipped()) return;
   const OneBatch batch(small_config());
   const Result one = run_shell("train_step", batch.arguments("--steps 3")), none = run_ranks(3, "train_step", batch.arguments("--steps 3 --parallel none"));
   REQUIRE_MESSAGE(none.status == 0, none.err);
   CHECK(json::parse(none.out)["losses"] == json::parse(one.out)["losses"]);
+  const Result narrow = run_ranks(2, "train_step", batch.arguments("--steps 3 --wire bf16"));
+  CHECK(narrow.status != 0);
+  CHECK_MESSAGE(narrow.err.find("wire: expected f32") != narrow.err.npos, narrow.err);
   const Result wrong = run_ranks(2, "train_step", batch.arguments("--steps 3", "nowhere"));
   CHECK(wrong.status != 0);
   CHECK_MESSAGE(wrong.err.find("/nowhere: expected ") != wrong.err.npos, wrong.err);
@@ -221,7 +224,7 @@ TEST_CASE("pretrain under mpirun: one rank is killed: the others end with an Err
                               quoted(program_path("pretrain")) + " " + data.pretrain(out, steps + "--steps 1000000 --parallel " + parallel);
     Result r;
     std::thread job([&] { r = run_line(ranks); });
-    for (int i = 0; i < 6000 && read_file(log).find("\n45,") == std::string::npos; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    for (int i = 0; i < 6000 && !has(log, "\n45,"); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(5));
     const auto start = std::chrono::steady_clock::now();
     const int pid = std::atoi(read_file(data / "pid-1").c_str());
     if (pid > 1) ::kill(pid, SIGKILL);

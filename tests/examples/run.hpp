@@ -18,6 +18,8 @@ struct Result {
   std::string out, err;
 };
 
+/// Whether a file that a program is writing, or will, has come to hold `text`.
+inline bool has(const std::filesystem::path& file, std::string_view text) { return std::filesystem::exists(file) && read_file(file).find(text) != std::string::npos; }
 
 inline std::string quoted(const std::string& s) {
   std::string q = "'";

@@ -262,9 +262,9 @@ inline void adamw(Cpu& dev, const AdamwTask& task) {
 
 /// The same on the ranges that make up the flat arrays of `task`, of which task.decay is where a range decays. Products read the weights themselves.
 inline void adamw(Cpu& dev, const AdamwTask& task, std::span<const AdamwRange> ranges, float*) {
-  if (task.scale_at) {
+  if (task.at) {
     AdamwTask known = task;
-    known.scale = *task.scale_at, known.scale_at = nullptr;
+    known.lr = task.at->lr, known.correction1 = task.at->correction1, known.correction2 = task.at->correction2, known.key = task.at->key, known.scale = task.at->scale, known.at = nullptr;
     return adamw(dev, known, ranges, nullptr);
   }
   if (std::isnan(task.scale)) return;
@@ -350,11 +350,12 @@ inline float clip_scale(float norm, float most) {
   return most > 0 ? std::min(1.0f, most / (norm + 1e-6f)) : 1.0f;
 }
 
-/// All of *sums but the loss, for the gradient x.
-inline void clip(Cpu& dev, StepSums* sums, const float* x, index_t n, float most) {
-  sums->squares = sum_of_squares(dev, x, n);
+/// sums.squares += sum_i x_i^2
+inline void add_squares(Cpu& dev, StepSums* sums, const float* x, index_t n) { sums->squares += sum_of_squares(dev, x, n); }
+/// Norm and scale from the squares.
+inline void clip(Cpu&, StepSums* sums, float most) {
   sums->norm = static_cast<float>(std::sqrt(sums->squares));
-  sums->scale = clip_scale(sums->norm, most);
+  sums->adamw.scale = clip_scale(sums->norm, most);
 }
 
 /// x [T, n] *= by

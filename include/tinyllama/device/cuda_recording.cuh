@@ -1,4 +1,4 @@
-// A training step's work as graphs: recorded where it comes the second time, repeated from then on, so that the host launches one thing a micro-batch. Host code.
+// A training step's work as graphs: recorded where it comes the second time, repeated from then on, so that the host launches one thing a micro-batch, or a part of one. Host code.
 #pragma once
 
 #include <algorithm>
@@ -22,52 +22,55 @@ class Recording<CudaDevice<A>> {
     CudaTraining<A>& training = training_of(dev);
     if (!training.records) return work();
     const cuda::Current here(dev.card());
-    training.expect(batch);
+    if (!batch.empty()) training.expect(batch);
     if (new_weights) training.expect_new_weights();  // the graph's to quantise, though something else may have read them since they were updated
-    const auto known = std::find_if(works_.begin(), works_.end(), [&](const Work& w) { return std::equal(kind.begin(), kind.end(), w.kind.begin(), w.kind.end()); });
-    if (known == works_.end() || known->places != training.places()) {
+    const auto places = [&] { return training.places(!batch.empty()); };
+    auto known = std::find_if(works_.begin(), works_.end(), [&](const Work& w) { return std::equal(kind.begin(), kind.end(), w.kind.begin(), w.kind.end()); });
+    if (known == works_.end() || known->places != places()) {
       work();
-      if (known != works_.end()) works_.erase(known);
-      else if (works_.size() >= most) works_.erase(works_.begin());
-      works_.push_back({{kind.begin(), kind.end()}, training.places(), {}, {}, false});
+      if (known == works_.end() && works_.size() < most) known = works_.emplace(works_.end());
+      else if (known == works_.end()) known = std::min_element(works_.begin(), works_.end(), [](const Work& a, const Work& b) { return a.used < b.used; });
+      *known = {{kind.begin(), kind.end()}, places(), ++clock_, {}, {}, false};
       return;
     }
+    known->used = ++clock_;
     if (!known->graph && !known->refused) record(dev, training, *known, work);
     if (!known->graph) return work();
     known->graph.launch(dev.stream());
-    training.repeat(known->quantised);
-    std::rotate(known, known + 1, works_.end());  // the last to go
+    training.repeat(known->noted);
   }
   void clear() { works_.clear(); }
 
  private:
-  static constexpr std::size_t most = 16;  // batches of packed samples have as many kinds as steps
+  static constexpr std::size_t most = 1024;  // of 22 layers by themselves a pass has 47; batches of packed samples have as many kinds as steps
   struct Work {
     std::vector<std::uint64_t> kind;
     typename CudaTraining<A>::Places places;
+    std::uint64_t used = 0;
     cuda::Graph graph;
-    std::vector<std::uint64_t*> quantised;
-    bool refused;
+    typename CudaTraining<A>::Noted noted;
+    bool refused = false;
   };
 
   template <class F>
   static void record(CudaDevice<A>& dev, CudaTraining<A>& training, Work& to, F& work) {
     cuda::Graph graph;
     cuda::Graph::begin(dev.stream());
-    training.note(&to.quantised);
+    training.note(&to.noted);
     try {
       work();
       graph.end(dev.stream());
     } catch (...) {  // what is wrong with the work itself comes again without a recording
       cuda::Graph::abandon(dev.stream());
-      to.quantised.clear();
-      training.expect_new_weights();
       to.refused = !training.measured();
     }
     training.note(nullptr);
+    training.undo(to.noted);  // it is only recorded so far
+    if (!graph) training.expect_new_weights(), to.noted = {};
     to.graph = std::move(graph);
   }
   std::vector<Work> works_;
+  std::uint64_t clock_ = 0;
 };
 
 }  // namespace tinyllama

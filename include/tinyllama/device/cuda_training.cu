@@ -4,3 +4,4 @@
 
 template class tinyllama::CudaTraining<tinyllama::bf16>;
 template class tinyllama::CudaTraining<float>;
+template struct tinyllama::cuda::Narrow<tinyllama::bf16>;

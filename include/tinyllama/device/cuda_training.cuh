@@ -47,7 +47,8 @@ class CudaTraining {
   void round_to(A* to, const float* from, index_t n);
   double sum_of_squares(const float* x, index_t n);
   void add_loss(StepSums* sums, const float* losses, const float* weights, index_t n);
-  void clip(StepSums* sums, const float* x, index_t n, float most);
+  void add_squares(StepSums* sums, const float* x, index_t n);
+  void clip(StepSums* sums, float most);
   /// Of all matrices in 8-bit floats, with their scales, which adamw makes anew.
   std::span<float> magnitudes() const;
   void fill(float* x, index_t n, float value);
@@ -69,22 +70,30 @@ class CudaTraining {
   /// A step's work is recorded and repeated as graphs; false: each kernel is launched each time.
   bool records = true;
   int repeated = 0;  ///< how often a graph was launched
-  /// The arrays of the device's own that work with `batch` is given; with another of them a graph is no longer right.
+  /// The arrays of the device's own that work is given, those of the batch's sequences if it has one; with another of them a graph is no longer right.
   using Places = std::array<std::uintptr_t, 9>;
-  Places places();
+  Places places(bool batch);
   /// What the host does for work with `batch` before it, recorded or not.
   void expect(std::span<const Sequence> batch);
   /// Their copies in 8 bits are made anew where they are next read.
   void expect_new_weights() { ++weights_version_; }
-  /// While it is recorded: matrices whose weights it quantises are noted in `to`, until null.
-  void note(std::vector<std::uint64_t*>* to) { noted_ = to, measured_ = false; }
+  /// What the host remembers of work: matrices whose weights it quantised, and how often it began an update.
+  struct Noted {
+    std::vector<std::uint64_t*> quantised;
+    std::uint64_t updates = 0;
+  };
+  /// While it is recorded it is noted in `to`, until null.
+  void note(Noted* to) { noted_ = to, measured_ = false; }
   /// Whether the recording ended because a scale was to be made, as in a first step only.
   bool measured() const { return measured_; }
-  /// The versions of their weights in 8 bits, once it has been repeated.
-  void repeat(std::span<std::uint64_t* const> noted) {
-    for (std::uint64_t* version : noted) *version = weights_version_;
+  /// It has been repeated.
+  void repeat(const Noted& noted) {
+    for (std::uint64_t* version : noted.quantised) *version = weights_version_;
+    weights_version_ += noted.updates, steps_ += noted.updates;
     ++repeated;
   }
+  /// It was noted, and is yet to be done, or will not be.
+  void undo(const Noted& noted) { weights_version_ -= noted.updates, steps_ -= noted.updates; }
 
  private:
   template <class Y>
@@ -118,7 +127,7 @@ class CudaTraining {
   std::uint64_t weights_put_ = 0;          // how often weights came from elsewhere than AdamW
   std::uint64_t steps_ = 1;                // of AdamW, of all trainers, and the present one
   bool measured_ = false;                  // while recording
-  std::vector<std::uint64_t*>* noted_ = nullptr;
+  Noted* noted_ = nullptr;
   /// On the card, uploaded where it is another than the last.
   const cuda::BatchSequence* sequences(std::span<const Sequence> batch, int& most_tokens);
 
@@ -221,7 +230,9 @@ double sum_of_squares(CudaDevice<A>& dev, const float* x, index_t n) { return tr
 template <class A>
 void add_loss(CudaDevice<A>& dev, StepSums* sums, const float* losses, const float* weights, index_t n) { training_of(dev).add_loss(sums, losses, weights, n); }
 template <class A>
-void clip(CudaDevice<A>& dev, StepSums* sums, const float* x, index_t n, float most) { training_of(dev).clip(sums, x, n, most); }
+void add_squares(CudaDevice<A>& dev, StepSums* sums, const float* x, index_t n) { training_of(dev).add_squares(sums, x, n); }
+template <class A>
+void clip(CudaDevice<A>& dev, StepSums* sums, float most) { training_of(dev).clip(sums, most); }
 template <class A>
 std::span<float> magnitudes(CudaDevice<A>& dev) { return training_of(dev).magnitudes(); }
 template <class A>

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "tinyllama/device/cuda_narrow.cuh"
 #include "tinyllama/device/cuda_operations.cuh"
 #include "tinyllama/device/cuda_training.cuh"
 #include "tinyllama/kernels/cuda/adamw.cuh"
@@ -151,7 +152,7 @@ const std::uint8_t* CudaTraining<A>::weights_8(Fp8Matrix& m, const Fp8Weights<A>
   if (m.version != weights_version_) {
     quantise(w.values, false, rows, rows + n, m.scale, m.w_first);  // by the scale of the step before: weights move little in one
     m.version = weights_version_;
-    if (noted_) noted_->push_back(&m.version);
+    if (noted_) noted_->quantised.push_back(&m.version);
   }
   return transposed ? rows + n : rows;
 }
@@ -342,6 +343,7 @@ void CudaTraining<A>::adamw(const AdamwTask& task, std::span<const AdamwRange> r
   const cuda::Current here(dev_->card());
   // The scales of the next step are made for what this one has seen.
   if (!task.goes_on) ++weights_version_, ++steps_;
+  if (!task.goes_on && noted_) ++noted_->updates;
   if (!task.goes_on && scales_) cuda::rescale(dev_->stream(), reinterpret_cast<cuda::Fp8Scale*>(scales_->data()), most_scales, reinterpret_cast<const std::uint8_t*>(scales_->data() + most_scales * sizeof(cuda::Fp8Scale)));
   if constexpr (std::is_same_v<A, bf16>) cuda::adamw(dev_->stream(), task, ranges, rounded);
   else cuda::adamw(dev_->stream(), task, ranges, nullptr);
@@ -362,18 +364,25 @@ double CudaTraining<A>::sum_of_squares(const float* x, index_t n) {
   StepSums sums;
   auto* const on_card = reinterpret_cast<StepSums*>(dev_->scratch(sizeof sums + cuda::square_blocks * sizeof(double)));
   auto* const partial = reinterpret_cast<double*>(on_card + 1);
+  dev_->zero(on_card, sizeof sums);
   cuda::sum_of_squares(dev_->stream(), partial, x, n);
-  cuda::clip(dev_->stream(), on_card, partial, 0);
+  cuda::add_squares(dev_->stream(), on_card, partial);
   dev_->download(&sums, on_card, sizeof sums);
   return sums.squares;
 }
 
 template <class A>
-void CudaTraining<A>::clip(StepSums* sums, const float* x, index_t n, float most) {
+void CudaTraining<A>::add_squares(StepSums* sums, const float* x, index_t n) {
   const cuda::Current here(dev_->card());
   auto* const partial = reinterpret_cast<double*>(dev_->scratch(cuda::square_blocks * sizeof(double)));
   cuda::sum_of_squares(dev_->stream(), partial, x, n);
-  cuda::clip(dev_->stream(), sums, partial, most);
+  cuda::add_squares(dev_->stream(), sums, partial);
+}
+
+template <class A>
+void CudaTraining<A>::clip(StepSums* sums, float most) {
+  const cuda::Current here(dev_->card());
+  cuda::clip(dev_->stream(), sums, most);
 }
 
 template <class A>
@@ -383,10 +392,10 @@ void CudaTraining<A>::add_loss(StepSums* sums, const float* losses, const float*
 }
 
 template <class A>
-typename CudaTraining<A>::Places CudaTraining<A>::places() {
+typename CudaTraining<A>::Places CudaTraining<A>::places(bool batch) {
   const auto address = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p); };
   const auto of = [&](const std::unique_ptr<cuda::PoolMemory>& m) { return m ? address(m->data()) : 0; };
-  return {address(dev_->last_batch().ids), address(on_card_), address(dev_->scratch(0)), of(scales_), of(x_), of(dy_rows_), of(dy_columns_), weights_put_, plain_attention};
+  return {batch ? address(dev_->last_batch().ids) : 0, batch ? address(on_card_) : 0, address(dev_->scratch(0)), of(scales_), of(x_), of(dy_rows_), of(dy_columns_), weights_put_, plain_attention};
 }
 
 template <class A>
@@ -438,5 +447,10 @@ void CudaTraining<A>::send(void* to, const void* from, std::size_t bytes) {
   if (!s.used) s.copied = cuda::Event(), s.used = true;
   s.copied.record(dev_->stream());
 }
+
+template <class T>
+void cuda::Narrow<T>::narrow(cudaStream_t stream, T* to, const float* from, index_t n) { cuda::convert(stream, "narrow", to, from, n); }
+template <class T>
+void cuda::Narrow<T>::widen(cudaStream_t stream, float* to, const T* from, index_t n) { cuda::convert(stream, "widen", to, from, n); }
 
 }  // namespace tinyllama

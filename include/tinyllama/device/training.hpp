@@ -26,7 +26,8 @@ concept TrainingDevice = Device<D> && requires(D& dev, View<typename D::activati
   embedding_backward(dev, sums, ids, stream);                                         // [vocab, hidden] +=
   adamw(dev, adam, ranges, rounded);                                                  // nothing, where the scale is NaN
   add_loss(dev, totals, values, values, index_t{});                                   // of losses and weights [n]: totals->loss +=
-  clip(dev, totals, values, index_t{}, 1.0f);                                         // of a gradient [n]: the rest of *totals
+  add_squares(dev, totals, values, index_t{});                                        // of a gradient [n]: totals->squares +=
+  clip(dev, totals, 1.0f);                                                            // norm and scale from the squares
   { magnitudes(dev) } -> std::same_as<std::span<float>>;                              // on the device, before adamw: of ranks the maximum
   round_to(dev, rounded, values, index_t{});                                          // [n]
   { sum_of_squares(dev, values, index_t{}) } -> std::same_as<double>;
@@ -41,8 +42,8 @@ concept TrainingDevice = Device<D> && requires(D& dev, View<typename D::activati
 };
 
 /// Work that comes again step by step. A device may record what it was asked for and repeat it as one thing (device/cuda_recording.cuh); others do it anew each
-/// time. `kind`: all that the work depends on beside numbers in the device's memory and where its arrays lie. `new_weights`: they may differ from those of the
-/// work before. What the host remembers of its own work is done outside of it.
+/// time. `kind`: all that the work depends on beside numbers in the device's memory and where its arrays lie; `batch`: the sequences it works on, none for an
+/// update. `new_weights`: they may differ from those of the work before. What the host remembers of its own work is done outside of it.
 template <class D>
 class Recording {
  public:

@@ -15,6 +15,13 @@ namespace tinyllama {
 /// How the ranks' values become one.
 enum class Reduction : std::uint8_t { sum, max, mean };
 
+/// What f32 is turned into for its way, and `room` for the operation's numbers in that format. A communicator that can (Nccl) sums `out` [n], or a rank's shard of `in`, by
+///   start_all_reduce(out, n, wire, what)   start_reduce_scatter(out, in, shards, wire, what)
+struct Wire {
+  Format format = Format::f32;
+  void* room = nullptr;
+};
+
 /// M connects `size` ranks. Every operation is collective: all ranks call it, in the same order, with the same sizes. start_... takes pointers into memory
 /// that M can reach (the host's for Mpi, the card's for Nccl) and returns at once: the memory is M's until wait(). What the device was asked to do before a
 /// start is done before the operation reads; what it is asked after a wait comes after the operation's result. Formats: f32 and bf16, whose sums are rounded

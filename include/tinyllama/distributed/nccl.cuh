@@ -17,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include "tinyllama/device/cuda_narrow.cuh"
 #include "tinyllama/device/cuda_runtime.cuh"
 #include "tinyllama/distributed/communicator.hpp"
 
@@ -62,14 +63,29 @@ class Nccl {
   Request start_all_reduce(void* out, index_t n, Format format, Reduction how, std::string_view what) {
     return start("all_reduce", what, [&] { return nccl_->all_reduce(out, out, count(n), type(format), op(how), comm_, stream_.get()); });
   }
+  /// Of the device's doubles.
+  Request start_all_reduce(std::span<double> x, Reduction how, std::string_view what) {
+    return start("all_reduce", what, [&] { return nccl_->all_reduce(x.data(), x.data(), x.size(), ncclFloat64, op(how), comm_, stream_.get()); });
+  }
   Request start_reduce_scatter(void* out, const void* in, const Shards& s, Format format, Reduction how, std::string_view what) {
+    return start("reduce_scatter", what, [&] { return reduce_scatter(out, in, s, format, how); });
+  }
+  // Sums that travel in another format: rounded and widened on this stream, beside the device's work. NCCL rounds each sum of two to it.
+  Request start_all_reduce(float* out, index_t n, const Wire& wire, std::string_view what) {
+    return start("all_reduce", what, [&] {
+      auto* const room = narrow(wire, out, n);
+      const ncclResult_t result = nccl_->all_reduce(room, room, count(n), ncclBfloat16, ncclSum, comm_, stream_.get());
+      cuda::Narrow<bf16>::widen(stream_.get(), out, room, n);
+      return result;
+    });
+  }
+  Request start_reduce_scatter(float* out, const float* in, const Shards& s, const Wire& wire, std::string_view what) {
     return start("reduce_scatter", what, [&] {
-      if (even(s)) return nccl_->reduce_scatter(in, out, count(s.chunk), type(format), op(how), comm_, stream_.get());
-      return grouped([&](int r) {
-        const Interval part = s.of(r);
-        if (part.empty()) return ncclSuccess;
-        return nccl_->reduce(static_cast<const std::byte*>(in) + row_bytes(format, part.begin), r == rank() ? out : nullptr, count(part.size()), type(format), op(how), r, comm_, stream_.get());
-      });
+      auto* const room = narrow(wire, in, s.n);
+      const Interval mine = s.of(rank());
+      const ncclResult_t result = reduce_scatter(room + mine.begin, room, s, Format::bf16, Reduction::sum);
+      cuda::Narrow<bf16>::widen(stream_.get(), out, room + mine.begin, mine.size());
+      return result;
     });
   }
   Request start_all_gather(void* out, const void* in, const Shards& s, Format format, std::string_view what) {
@@ -100,6 +116,8 @@ class Nccl {
   void reduce(std::span<double> numbers, Reduction how, std::string_view what) { look("reduce", what), control_->reduce(numbers, how, what); }
   void broadcast(std::span<std::byte> bytes, int root, std::string_view what) { look("broadcast", what), control_->broadcast(bytes, root, what); }
   void barrier(std::string_view what) { look("barrier", what), control_->barrier(what); }
+  /// Throws the Error of what was lost while the host waited for the device.
+  void confirm(std::string_view what) const { look("the wait", what); }
 
  private:
   static constexpr auto none = static_cast<std::size_t>(-1);
@@ -137,6 +155,21 @@ class Nccl {
     return result == ncclSuccess ? end : result;
   }
 
+  ncclResult_t reduce_scatter(void* out, const void* in, const Shards& s, Format format, Reduction how) {
+    if (even(s)) return nccl_->reduce_scatter(in, out, count(s.chunk), type(format), op(how), comm_, stream_.get());
+    return grouped([&](int r) {
+      const Interval part = s.of(r);
+      if (part.empty()) return ncclSuccess;
+      return nccl_->reduce(static_cast<const std::byte*>(in) + row_bytes(format, part.begin), r == rank() ? out : nullptr, count(part.size()), type(format), op(how), r, comm_, stream_.get());
+    });
+  }
+  /// x [n], rounded, in the wire's room.
+  bf16* narrow(const Wire& wire, const float* x, index_t n) {
+    if (wire.format != Format::bf16) throw Error(where(), "wire", "bf16", std::string(name(wire.format)));
+    auto* const room = static_cast<bf16*>(wire.room);
+    cuda::Narrow<bf16>::narrow(stream_.get(), room, x, n);
+    return room;
+  }
   template <class F>
   Request start(std::string_view operation, std::string_view what, F&& f) {
     look(operation, what);

@@ -8,6 +8,7 @@
 // With micro-batches, ddp and zero1 add up at home and communicate in the last one only; fsdp, which has no room for whole gradients, in each.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <exception>
 #include <optional>
@@ -23,7 +24,10 @@ namespace tinyllama {
 struct ParallelOptions {
   Sharding sharding = Sharding::ddp;
   /// ddp: parts are summed together until they have so many bytes, since a message has a cost of its own: 25 MB take some 0.1 ms over NVLink, ten times that.
-  std::size_t bucket_bytes = std::size_t{25} << 20;
+  std::size_t bucket_bytes = default_bucket_bytes;
+  /// What gradients are while they are summed: f32, or bf16, which takes half the time on the wires and rounds each rank's gradient and each sum of two to 8 bits.
+  /// Weights travel as products read them whatever this is. For communicators that can (Nccl).
+  Format wire = Format::f32;
   /// ddp, zero1: so many sums are under way at once, 0: as many as the communicator likes (fsdp has two by its buffers).
   std::size_t in_flight = 0;
 };
@@ -39,6 +43,8 @@ class Parallel final : public Peers<D>, private PassHooks {
  public:
   explicit Parallel(M& communicator, const ParallelOptions& options = {}) : m_(&communicator), options_(options) {
     if (options.sharding == Sharding::none) throw Error("Parallel", "sharding", "ddp, zero1 or fsdp", "none");
+    if (std::find(wire_formats.begin(), wire_formats.end(), options.wire) == wire_formats.end()) throw Error("Parallel", "wire", "f32 or bf16", std::string(name(options.wire)));
+    if (options.wire != Format::f32 && !narrows && m_->size() > 1) throw Error("Parallel", "wire", "f32, over a communicator that adds up on the way as it is given", std::string(name(options.wire)));
   }
 
   int rank() const override { return m_->rank(); }
@@ -49,6 +55,22 @@ class Parallel final : public Peers<D>, private PassHooks {
   void most_on_device(std::span<float> values) override {
     Request r = m_->start_all_reduce(values.data(), static_cast<index_t>(values.size()), Format::f32, Reduction::max, "magnitudes of a step");
     m_->wait(r);
+  }
+  void sum_on_device(std::span<double> values) override {
+    if constexpr (requires { m_->start_all_reduce(values, Reduction::sum, ""); }) {
+      Request r = m_->start_all_reduce(values, Reduction::sum, "sums of a step");
+      m_->wait(r);
+    } else if constexpr (D::host_memory) {
+      sum(values);
+    } else {
+      std::vector<double> host(values.size());
+      dev_->download(host.data(), values.data(), values.size_bytes());
+      sum(host);
+      dev_->upload(values.data(), host.data(), values.size_bytes());
+    }
+  }
+  void confirm() override {
+    if constexpr (requires { m_->confirm("a step"); }) m_->confirm("a step");
   }
   void broadcast(std::span<std::byte> bytes, int from) override { m_->broadcast(bytes, from, "bytes"); }
   void barrier() override { m_->barrier("all ranks"); }
@@ -66,6 +88,7 @@ class Parallel final : public Peers<D>, private PassHooks {
       largest = std::max(largest, p.shards(i).chunk * p.ranks()), largest_shard = std::max(largest_shard, p.shards(i).chunk);
     }
     part_floats_ = largest;
+    if (narrow()) travelling_ = Memory<D>(*dev_, wire_bytes(options_.wire, sharding(), largest, options_.bucket_bytes));
     if (zero1()) summed_ = zeros(p.own_size());
     if (!fsdp()) return;
     const auto n = static_cast<std::size_t>(fsdp_buffers(arrays_.tied));
@@ -101,14 +124,18 @@ class Parallel final : public Peers<D>, private PassHooks {
     return this;
   }
 
-  float* finish_gradients() override {
+  float* finish_gradients(int from) override {
     if (fsdp()) {
-      for (std::size_t i = 0; i < buffers_; ++i) finish_sum(gradients_[i], i);
+      for (std::size_t i = 0; i < buffers_; ++i)
+        if (gradients_[i].part >= from) finish_sum(gradients_[i], i);
       return arrays_.gradients;
     }
     for (; summed_down_to_ > 0; --next_) sum_down_to(next_);
-    for (const int part : flying_) m_->wait(reduce_[static_cast<std::size_t>(part)]);
-    flying_.clear();
+    std::erase_if(flying_, [&](const Flight& f) {
+      if (f.end <= from) return false;
+      m_->wait(reduce_[static_cast<std::size_t>(f.part)]);
+      return true;
+    });
     return zero1() ? data(summed_) : arrays_.gradients;
   }
 
@@ -147,12 +174,16 @@ class Parallel final : public Peers<D>, private PassHooks {
   }
 
   std::size_t bytes() const override {
-    std::size_t n = summed_.bytes() + whole_.bytes();
+    std::size_t n = summed_.bytes() + whole_.bytes() + travelling_.bytes();
     for (std::size_t i = 0; i < buffers_; ++i) n += values_[i].memory.bytes() + gradients_[i].memory.bytes() + addends_[i].bytes();
     return n;
   }
 
  private:
+  /// Parts [part, end) whose gradients are being summed.
+  struct Flight {
+    int part, end;
+  };
   /// Room for a whole part.
   struct Buffer {
     Memory<D> memory;
@@ -162,6 +193,12 @@ class Parallel final : public Peers<D>, private PassHooks {
     Request request = {};
   };
 
+  static constexpr bool narrows = requires(M& m, float* x, const Shards& s, Wire w) {
+    m.start_all_reduce(x, s.n, w, std::string_view());
+    m.start_reduce_scatter(x, x, s, w, std::string_view());
+  };
+  bool narrow() const { return narrows && options_.wire != Format::f32; }
+  Wire wire() const { return {options_.wire, travelling_.data()}; }
   bool zero1() const { return options_.sharding == Sharding::zero1; }
   bool fsdp() const { return options_.sharding == Sharding::fsdp; }
   Memory<D> floats(index_t n) const { return Memory<D>(*dev_, static_cast<std::size_t>(n) * sizeof(float)); }
@@ -181,29 +218,41 @@ class Parallel final : public Peers<D>, private PassHooks {
   /// The part and those above it are complete: sums what has not been, where it is worth a message.
   void sum_down_to(int part) {
     const Partition& p = arrays_.partition;
+    const Flight flight{part, std::exchange(summed_down_to_, part)};
     if (zero1()) {
-      summed_down_to_ = part;
       const Interval whole = p.part(part);
-      if (!whole.empty())
-        reduce_[static_cast<std::size_t>(part)] = m_->start_reduce_scatter(data(summed_) + p.own_offset(part), arrays_.gradients + whole.begin, p.shards(part), Format::f32,
-                                                                           Reduction::sum, gradients_names_[static_cast<std::size_t>(part)]);
-      return limit_flight(part);
+      if (!whole.empty()) reduce_[static_cast<std::size_t>(part)] = start_sum_of_shards(data(summed_) + p.own_offset(part), arrays_.gradients + whole.begin, part);
+      return limit_flight(flight);
     }
-    const Interval bucket{p.part(part).begin, p.part(summed_down_to_ - 1).end};
-    if (part > 0 && static_cast<std::size_t>(bucket.size()) * sizeof(float) < options_.bucket_bytes) return;
-    summed_down_to_ = part;
-    if (!bucket.empty())
-      reduce_[static_cast<std::size_t>(part)] =
-          m_->start_all_reduce(arrays_.gradients + bucket.begin, bucket.size(), Format::f32, Reduction::sum, gradients_names_[static_cast<std::size_t>(part)]);
-    limit_flight(part);
+    const Interval bucket{p.part(part).begin, p.part(flight.end - 1).end};
+    if (part > 0 && static_cast<std::size_t>(bucket.size()) * sizeof(float) < options_.bucket_bytes) {
+      summed_down_to_ = flight.end;
+      return;
+    }
+    if (!bucket.empty()) reduce_[static_cast<std::size_t>(part)] = start_sum(arrays_.gradients + bucket.begin, bucket.size(), part);
+    limit_flight(flight);
   }
-  void limit_flight(int part) {
-    flying_.push_back(part);
+  /// Sums of a part's gradients, which travel as the options say.
+  Request start_sum(float* out, index_t n, int part) {
+    const std::string& what = gradients_names_[static_cast<std::size_t>(part)];
+    if constexpr (narrows)
+      if (narrow()) return m_->start_all_reduce(out, n, wire(), what);
+    return m_->start_all_reduce(out, n, Format::f32, Reduction::sum, what);
+  }
+  Request start_sum_of_shards(float* out, const float* in, int part) {
+    const std::string& what = gradients_names_[static_cast<std::size_t>(part)];
+    const Shards shards = arrays_.partition.shards(part);
+    if constexpr (narrows)
+      if (narrow()) return m_->start_reduce_scatter(out, in, shards, wire(), what);
+    return m_->start_reduce_scatter(out, in, shards, Format::f32, Reduction::sum, what);
+  }
+  void limit_flight(const Flight& flight) {
+    flying_.push_back(flight);
     std::size_t most = options_.in_flight;
     if constexpr (requires { M::in_flight; })
       if (most == 0) most = M::in_flight;
     if (most == 0 || flying_.size() <= most) return;
-    m_->wait(reduce_[static_cast<std::size_t>(flying_.front())]);
+    m_->wait(reduce_[static_cast<std::size_t>(flying_.front().part)]);
     flying_.erase(flying_.begin());
   }
 
@@ -253,7 +302,7 @@ class Parallel final : public Peers<D>, private PassHooks {
       if (!b.used || b.part != part) continue;
       b.used = false, adds_[i] = pass_ > 1;
       float* const to = adds_[i] ? data(addends_[i]) : arrays_.gradients + p.own_offset(part);
-      b.request = m_->start_reduce_scatter(to, data(b.memory), p.shards(part), Format::f32, Reduction::sum, gradients_names_[static_cast<std::size_t>(part)]);
+      b.request = start_sum_of_shards(to, data(b.memory), part);
     }
   }
   void finish_sum(Buffer& b, std::size_t i) {
@@ -311,7 +360,8 @@ class Parallel final : public Peers<D>, private PassHooks {
   Memory<D> whole_;                                           // what gather() returns, where there are no buffers; taken when it is first asked for
   std::vector<float> host_;
   index_t part_floats_ = 0;
-  std::vector<int> flying_;                                   // ddp, zero1: parts whose sums are under way, oldest first
+  std::vector<Flight> flying_;                                // ddp, zero1: what is under way, oldest first
+  Memory<D> travelling_;                                      // gradients in the wire's format, of one message
   int next_ = 0, summed_down_to_ = 0;  // parts from here on are complete, are on their way
   std::int64_t pass_ = 0, clock_ = 0;
   bool last_ = false, changed_ = true;

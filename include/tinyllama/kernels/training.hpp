@@ -57,6 +57,13 @@ constexpr std::size_t flash_scratch(index_t tokens, index_t head_dim, bool backw
   return sizeof(float) * ((backward ? 8 : 2) * matrix + static_cast<std::size_t>(flash_padded(tokens))) + tiles;
 }
 
+/// What AdamW is given anew each step, where that lies in the device's memory: so a launch of it is the same in every step, and can be repeated as it was recorded.
+struct AdamwStep {
+  float lr, correction1, correction2;  // 1 - beta^step
+  std::uint32_t key;
+  float scale;
+};
+
 /// AdamW on n weights (arXiv 1711.05101): p -= lr decay p; m, v averages of g and g^2 for g = scale gradient; p -= lr m' / (sqrt(v') + eps).
 struct AdamwTask {
   float* p;
@@ -66,7 +73,7 @@ struct AdamwTask {
   float lr, beta1, beta2, eps, decay;
   float correction1, correction2;  // 1 - beta^step
   float scale;                     // clipping
-  const float* scale_at = nullptr;  // where it is known on the device only: its place there (StepSums::scale), instead of `scale`
+  const AdamwStep* at = nullptr;     // where the device only knows them: the place there of lr, corrections, scale and key, instead of those here
   std::uint32_t key = 0, place = 0;  // of the rounding of moments: the step's, and p's place in the flat array
   bool goes_on = false;              // another part of the step's weights came before
 };
@@ -76,7 +83,7 @@ struct StepSums {
   double loss;     // weights times losses of all micro-batches
   double squares;  // of the gradient's elements
   float norm;      // sqrt(squares)
-  float scale;     // min(1, clip / norm), for AdamW; NaN where the norm is not finite: then nothing is updated
+  AdamwStep adamw; // whose scale is min(1, clip / norm); NaN where the norm is not finite: then nothing is updated
 };
 
 /// Neighbouring weights of the flat array that all decay, or all do not.

@@ -57,6 +57,14 @@ struct PassHooks {
   ~PassHooks() = default;
 };
 
+/// A stretch of a pass's work between two that its hooks are told of: in forward or backward, of one part.
+struct PassSegment {
+  bool backward;
+  int part;
+};
+/// Work that is done at once.
+inline constexpr auto at_once = [](PassSegment, auto&& work) { work(); };
+
 /// The memory of a training pass, for one shape at a time; and the pass.
 template <Config C, TrainingDevice D>
 class TrainingPass {
@@ -105,31 +113,48 @@ class TrainingPass {
     for (const Sequence& s : batch) kind.push_back(static_cast<std::uint64_t>(s.first_row)), kind.push_back(static_cast<std::uint64_t>(s.tokens));
     for (const Stretch& s : stretches_) kind.push_back(s.counts);
   }
+  /// The same of a segment, where hooks say where its part has its weights and gradients.
+  static void describe(std::vector<std::uint64_t>& kind, const Weights& w, PassSegment s) {
+    const auto add = [&](auto... at) { (kind.push_back(reinterpret_cast<std::uint64_t>(at)), ...); };
+    kind.push_back(2 * static_cast<std::uint64_t>(s.part) + s.backward);
+    if (s.part == 0) return add(w.embedding.value);
+    if (s.part > static_cast<int>(w.layers.size())) return add(w.final_norm, w.d_final_norm, w.head.value, w.head.gradient);
+    const LearnedLayer<A>& l = w.layers[static_cast<std::size_t>(s.part) - 1];
+    add(l.attn_norm, l.d_attn_norm, l.qkv.value, l.qkv.gradient);
+  }
   /// Rows of what was sent, and on the device the loss of each, behind losses() or backward(), and its weight.
   index_t rows() const { return stretches_.empty() ? 0 : stretches_.back().end; }
   const float* device_losses() const { return buffers_->losses; }
   const float* device_weights() const { return buffers_->weights; }
 
-  /// ids through the model, up to the last norm.
-  void forward(const Weights& w, std::span<const Sequence> batch) {
+  /// ids through the model, up to the last norm. `run(segment, work)` does the work, here and in backward(): at once, or as it was recorded.
+  template <class Run = decltype(at_once)>
+  void forward(const Weights& w, std::span<const Sequence> batch, const Run& run = at_once) {
     const C& c = w.config;
     D& dev = *dev_;
     const int parts = static_cast<int>(blocks_.size()) + 2;
     tell(&PassHooks::before_forward, 0);
-    dev.embedding(blocks_.front().x, Matrix{format_of<A>, D::packed_embedding, w.embedding.rows, w.embedding.columns, reinterpret_cast<const std::byte*>(w.embedding.value)},
-                  *sent_);
+    run(PassSegment{false, 0}, [&] {
+      dev.embedding(blocks_.front().x, Matrix{format_of<A>, D::packed_embedding, w.embedding.rows, w.embedding.columns, reinterpret_cast<const std::byte*>(w.embedding.value)},
+                    *sent_);
+    });
     tell(&PassHooks::after_forward, 0);
     for (std::size_t l = 0; l < blocks_.size(); ++l) {
       const Block& a = blocks_[l];
-      tell(&PassHooks::before_forward, static_cast<int>(l) + 1);
-      if (l == 0) dev.rmsnorm(a.normed, a.x, w.layers[l].attn_norm, c.norm_eps);
-      else half_sum<LearnedMatrix<A>>(dev, a.normed, a.x, blocks_[l - 1].mid, a, w.layers[l].attn_norm, c.norm_eps);
-      block(w, l, batch, true);
-      tell(&PassHooks::after_forward, static_cast<int>(l) + 1);
+      const int part = static_cast<int>(l) + 1;
+      tell(&PassHooks::before_forward, part);
+      run(PassSegment{false, part}, [&] {
+        if (l == 0) dev.rmsnorm(a.normed, a.x, w.layers[l].attn_norm, c.norm_eps);
+        else half_sum<LearnedMatrix<A>>(dev, a.normed, a.x, blocks_[l - 1].mid, a, w.layers[l].attn_norm, c.norm_eps);
+        block(w, l, batch, true);
+      });
+      tell(&PassHooks::after_forward, part);
     }
     tell(&PassHooks::before_forward, parts - 1);
-    const Block& last = blocks_.back();
-    half_sum<LearnedMatrix<A>>(dev, buffers_->final_normed, last.out, last.mid, last, w.final_norm, c.norm_eps);
+    run(PassSegment{false, parts - 1}, [&] {
+      const Block& last = blocks_.back();
+      half_sum<LearnedMatrix<A>>(dev, buffers_->final_normed, last.out, last.mid, last, w.final_norm, c.norm_eps);
+    });
   }
 
   /// The loss of each row, [T]: targets below 0 have none. After forward(); valid until the next call.
@@ -141,31 +166,36 @@ class TrainingPass {
 
   /// The same losses, on the device, and the gradient of sum_t weights_t loss_t by every weight that has a place for it, but the embedding: added to what is there
   /// where `accumulate` is set in w's matrices, in the place of it where not (those of the gains are always added). After forward().
-  void backward(const Weights& w, std::span<const Sequence> batch) {
+  template <class Run = decltype(at_once)>
+  void backward(const Weights& w, std::span<const Sequence> batch, const Run& run = at_once) {
     const C& c = w.config;
     D& dev = *dev_;
     const TrainingBuffers<C, A>& b = *buffers_;
     const BlockGradients<C, A>& d = b.gradients;
     const int last = static_cast<int>(blocks_.size()) + 1;
     tell(&PassHooks::before_backward, last);
-    head(w, true);
-    const index_t T = rows();
-    fill(dev, d.x.data(), T * c.hidden, 0.0f);
-    rmsnorm_backward(dev, d.x, d.rounded, d.normed, blocks_.back().out, w.final_norm, w.d_final_norm, c.norm_eps, d.rms, slice(b.final_normed, 0, 0));
+    run(PassSegment{true, last}, [&] {
+      head(w, true);
+      fill(dev, d.x.data(), rows() * c.hidden, 0.0f);
+      rmsnorm_backward(dev, d.x, d.rounded, d.normed, blocks_.back().out, w.final_norm, w.d_final_norm, c.norm_eps, d.rms, slice(b.final_normed, 0, 0));
+    });
     tell(&PassHooks::after_backward, last);
     const HeadShape heads{c.heads, c.kv_heads, head_dim(c)};
     for (std::size_t l = blocks_.size(); l-- > 0;) {
       const Block& a = blocks_[l];
-      tell(&PassHooks::before_backward, static_cast<int>(l) + 1);
+      const int part = static_cast<int>(l) + 1;
+      tell(&PassHooks::before_backward, part);
       const LearnedLayer<A>& layer = w.layers[l];
-      if (shape_.checkpointing == Checkpointing::layer) {
-        dev.rmsnorm(a.normed, a.x, layer.attn_norm, c.norm_eps);
-        block(w, l, batch, false);
-      }
-      block_backward(dev, c, layer, a, d, {b.cos, b.opposite_sin}, [&](auto dqkv, auto d_attended) {
-        flash_attention_backward(dev, dqkv, d_attended, a.qkv, a.attended, lse_[l], batch, heads, b.attention, layer.qkv.product(false));
-      }, layer.d_attn_norm, layer.d_ffn_norm, shape_.checkpointing == Checkpointing::selective);
-      tell(&PassHooks::after_backward, static_cast<int>(l) + 1);
+      run(PassSegment{true, part}, [&] {
+        if (shape_.checkpointing == Checkpointing::layer) {
+          dev.rmsnorm(a.normed, a.x, layer.attn_norm, c.norm_eps);
+          block(w, l, batch, false);
+        }
+        block_backward(dev, c, layer, a, d, {b.cos, b.opposite_sin}, [&](auto dqkv, auto d_attended) {
+          flash_attention_backward(dev, dqkv, d_attended, a.qkv, a.attended, lse_[l], batch, heads, b.attention, layer.qkv.product(false));
+        }, layer.d_attn_norm, layer.d_ffn_norm, shape_.checkpointing == Checkpointing::selective);
+      });
+      tell(&PassHooks::after_backward, part);
     }
   }
   /// Behind backward(): the embedding's gradient, added. By itself, because the host sorts the ids for it, which it can do while the device is at the blocks.

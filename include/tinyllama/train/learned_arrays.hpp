@@ -105,23 +105,35 @@ class LearnedArrays {
   /// Of what this rank owns, summed over the ranks, once they are; the padding between shards is 0.
   std::span<const float> own_gradients() const { return {own_gradients_, static_cast<std::size_t>(owns_all() ? size() : partition_.own_size())}; }
   void own_gradients(const float* complete) { own_gradients_ = complete; }
+  /// Where in it a part begins; 0 where it cannot be taken apart there, by 16 bytes.
+  index_t own_begin(int part) const {
+    const index_t begin = owns_all() ? partition_.part(part).begin : partition_.own_offset(part);
+    return begin % 4 == 0 ? begin : 0;
+  }
   std::size_t bytes() const { return frozen_.bytes() + state_.bytes() + moments_.bytes() + rounded_.bytes() + rounded_own_.bytes() + gains_.bytes() + (peers_ ? peers_->bytes() : 0); }
 
   LearnedWeights<C, A>& learned() { return learned_; }
   /// For a pass whose weights come and go.
   const typename Peers<D>::Place& place() const { return place_; }
 
-  /// AdamW on what this rank owns, with the numbers of `t`; the other ranks get it. Collective.
+  /// An update, in three steps of which the second is this rank's alone. The ranks agree on what the device has seen in this step. Collective.
+  void agree() {
+    if (!peers_) return;
+    if (const std::span<float> seen = magnitudes(*dev_); !seen.empty()) peers_->most_on_device(seen);
+  }
+  /// AdamW on what this rank owns, with the numbers of `t`.
   void update(AdamwTask t) {
     const float decay = t.decay;
-    if (peers_)
-      if (const std::span<float> seen = magnitudes(*dev_); !seen.empty()) peers_->most_on_device(seen);
     for (const Piece& piece : pieces_) {
       t.n = piece.n, t.decay = decay, t.place = static_cast<std::uint32_t>(piece.flat), t.goes_on = &piece != &pieces_.front();
       t.p = values().data() + piece.value, t.m = moment(false).from(piece.moment), t.v = moment(true).from(piece.moment), t.gradient = own_gradients_ + piece.own;
       adamw(*dev_, t, piece.ranges, (shards_values() ? own_products() : products()) + piece.value);
     }
-    share();
+    spread_gains();
+  }
+  /// What this rank has updated goes to the others. Collective.
+  void share() {
+    if (peers_) peers_->begin_sharing_weights();
   }
 
   /// The host's `from` becomes one of the arrays above; of the values, products then read it. Collective where the values are sharded.
@@ -159,7 +171,7 @@ class LearnedArrays {
   /// Behind a change of the values from outside: what products read follows, on all ranks. Collective where the values are sharded.
   void changed() {
     if constexpr (rounds) round_to(*dev_, shards_values() ? own_products() : products(), values().data(), static_cast<index_t>(values().size()));
-    if (shards_values()) share();
+    if (shards_values()) spread_gains(), share();
   }
 
   HostArray host(std::span<float> of) const {
@@ -242,15 +254,12 @@ class LearnedArrays {
     const Interval mine = partition_.shard(p, peers_->rank());
     dev_->upload(values().data() + partition_.own_offset(p), part + (mine.begin - partition_.part(p).begin), static_cast<std::size_t>(mine.size()) * sizeof(float));
   }
-  /// What this rank has updated goes to the others. Norms read gains in f32, so these are whole on each rank: a sum of what each owns, and zeros.
-  void share() {
-    if (!peers_) return;
-    if (gains_.bytes() > 0) {
-      auto* const to = reinterpret_cast<float*>(gains_.data());
-      dev_->zero(to, gains_.bytes());
-      for (const OwnGain& g : own_gains_) dev_->copy_bytes(to + g.to, values().data() + g.from, static_cast<std::size_t>(g.n) * sizeof(float));
-    }
-    peers_->begin_sharing_weights();
+  /// Norms read gains in f32, so these are whole on each rank: a sum of what each owns, and zeros.
+  void spread_gains() {
+    if (gains_.bytes() == 0) return;
+    auto* const to = reinterpret_cast<float*>(gains_.data());
+    dev_->zero(to, gains_.bytes());
+    for (const OwnGain& g : own_gains_) dev_->copy_bytes(to + g.to, values().data() + g.from, static_cast<std::size_t>(g.n) * sizeof(float));
   }
 
   /// pieces_ and own_gains_.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <utility>
@@ -36,6 +37,9 @@ inline constexpr index_t cache_line = 16;
 constexpr Shards shards_of(index_t n, int ranks, index_t line = cache_line) {
   return {n, ((n + ranks - 1) / ranks + line - 1) / line * line};
 }
+
+/// What gradients may be while they are summed over ranks.
+inline constexpr std::array wire_formats{Format::f32, Format::bf16};
 
 /// What of a training is shared with other ranks.
 ///   none   nothing: one process
@@ -119,5 +123,13 @@ constexpr PartitionSizes partition_sizes(const C& c, int ranks, index_t line = c
   });
   return s;
 }
+
+/// Of one message of gradients in another format than f32: a part, or with ddp what lies before one that makes a bucket full, and that.
+constexpr std::size_t wire_bytes(Format wire, Sharding sharding, index_t largest_part, std::size_t bucket_bytes) {
+  if (wire == Format::f32 || sharding == Sharding::none) return 0;
+  return row_bytes(wire, largest_part + (sharding == Sharding::ddp ? static_cast<index_t>(bucket_bytes / sizeof(float)) : 0));
+}
+/// ddp: what its buckets are by default.
+inline constexpr std::size_t default_bucket_bytes = std::size_t{25} << 20;
 
 }  // namespace tinyllama

@@ -39,6 +39,9 @@ class Peers {
   virtual void broadcast(std::span<std::byte> bytes, int from) = 0;
   /// The same of numbers in the device's memory, whose work goes on behind it.
   virtual void most_on_device(std::span<float> values) = 0;
+  virtual void sum_on_device(std::span<double> values) = 0;
+  /// Behind a wait for the device: throws the Error of an operation that ended without its result.
+  virtual void confirm() = 0;
   virtual void barrier() = 0;
 
   // ---- of the trainer's arrays
@@ -51,8 +54,8 @@ class Peers {
   /// What the pass tells as it goes; collective for fsdp. `learning`: with gradients. `last`: of the step, whose gradients leave as they come. `place`
   /// outlives the pass.
   virtual PassHooks* begin_pass(bool learning, bool last, const Place& place) = 0;
-  /// This rank's gradients summed over all, complete: the whole array (ddp), or its shards. Collective.
-  virtual float* finish_gradients() = 0;
+  /// This rank's gradients summed over all, complete from part `from` on: the whole array (ddp), or its shards. Collective.
+  virtual float* finish_gradients(int from) = 0;
   /// Weights were updated where they are owned: the others get them. Collective.
   virtual void begin_sharing_weights() = 0;
   virtual void finish_sharing_weights() = 0;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <optional>
@@ -101,18 +102,26 @@ class Trainer {
     start(inputs, targets, batch, weights, true);
     auto& learned = arrays_.learned();
     const bool first = std::exchange(fresh_, false);
-    const auto work = [&] {
-      pass_.forward(learned, batch);
+    const auto work = [&](const auto& run) {
+      pass_.forward(learned, batch, run);
       if (first && sharding() != Sharding::fsdp) arrays_.clear_small();
-      pass_.backward(learned, batch);
+      pass_.backward(learned, batch, run);
       add_loss(*dev_, sums(), pass_.device_losses(), pass_.device_weights(), pass_.rows());
     };
-    if (peers_ || (options_.lora && options_.lora->dropout > 0)) {  // peers are told of each part as it comes, and dropout has other keys each time
-      work();
-    } else {
-      kind_.assign(1, first);
-      pass_.describe(kind_, batch);
-      recording_.run(*dev_, kind_, batch, first, work);
+    kind_.assign({pass_work, first});
+    pass_.describe(kind_, batch);
+    if (options_.lora && options_.lora->dropout > 0) {  // other keys each time
+      work(at_once);
+    } else if (!peers_) {
+      recording_.run(*dev_, kind_, batch, first, [&] { work(at_once); });
+    } else {  // told of each part as it comes: what they do themselves in between is not recorded
+      const std::size_t whole = kind_.size();
+      bool new_weights = first;
+      work([&](PassSegment s, const auto& f) {
+        kind_.resize(whole);
+        pass_.describe(kind_, learned, s);
+        recording_.run(*dev_, kind_, batch, std::exchange(new_weights, false), f);
+      });
     }
     pass_.embedding_gradient(learned, inputs);
     if (sharding() != Sharding::fsdp) learned.for_each_matrix([](LearnedMatrix<A>& m) { m.how.accumulate = true; });
@@ -130,30 +139,35 @@ class Trainer {
   /// AdamW on all weights with the gradient times `scale`. Collective.
   void update(float lr, float scale) {
     finish_passes();
+    arrays_.agree();
     arrays_.update(adamw_task(lr, scale));
+    arrays_.share();
     ++step_;
   }
 
   /// Clips, updates and reports; `count` is the number of targets that counted. Collective.
   float end_step(std::int64_t count) {
-    finish_passes();
     const float lr = learning_rate();
-    StepSums now{};
-    if (peers_) {  // the ranks' numbers meet on the host
-      dev_->download(&now, sums(), sizeof now);
-      peers_->sum({&now.loss, 1});
-      now.norm = gradient_norm(), now.scale = clip_scale(now.norm, options_.clip);
-      if (!std::isnan(now.scale)) arrays_.update(adamw_task(lr, now.scale));
-    } else {       // the device goes on by itself, and the host waits once
-      const std::span<const float> gradient = arrays_.own_gradients();
-      clip(*dev_, sums(), gradient.data(), static_cast<index_t>(gradient.size()), options_.clip);
-      AdamwTask task = adamw_task(lr, 0);
-      task.scale_at = &sums()->scale;
+    const AdamwTask numbers = adamw_task(lr, 0);
+    const AdamwStep step{numbers.lr, numbers.correction1, numbers.correction2, numbers.key, 0};
+    send(*dev_, &sums()->adamw, &step, sizeof step);
+    if (peers_) sum_of_ranks();
+    // The device goes on by itself, with numbers that it has, and the host waits once.
+    arrays_.agree();
+    kind_.assign({update_work, reinterpret_cast<std::uint64_t>(arrays_.own_gradients().data())});
+    recording_.run(*dev_, kind_, {}, false, [&] {
+      if (!peers_) squares(arrays_.own_gradients());
+      clip(*dev_, sums(), options_.clip);
+      AdamwTask task = numbers;
+      task.at = &sums()->adamw;
       arrays_.update(task);
-      dev_->download(&now, sums(), sizeof now);
-    }
+    });
+    arrays_.share();
+    StepSums now{};
+    dev_->download(&now, sums(), sizeof now);
+    if (peers_) peers_->confirm();
     ++step_;
-    report_ = {static_cast<float>(now.loss), now.norm, lr, count, std::isnan(now.scale)};
+    report_ = {static_cast<float>(now.loss), now.norm, lr, count, std::isnan(now.adamw.scale)};
     return report_.loss;
   }
 
@@ -344,16 +358,27 @@ class Trainer {
   }
 
   /// Behind the last micro-batch of this rank: its share of the passes of those that have more, so that all take part in the same operations, and the sum of
-  /// the gradients.
-  void finish_passes() {
+  /// the gradients, of all parts or of those from `from` on.
+  void finish_passes(int from = 0) {
     if (!peers_ || finished_) return;
     while (accumulated_ < std::max<std::int64_t>(1, passes_)) {
       row_weights_.assign(padding_ids_.size(), 0.0f);
       accumulate(padding_ids_, padding_targets_, padding_sequence_, std::span<const float>(row_weights_));
     }
-    arrays_.own_gradients(peers_->finish_gradients());
-    finished_ = true;
+    arrays_.own_gradients(peers_->finish_gradients(from));
+    finished_ = from == 0;
   }
+  /// The ranks' loss and gradients' squares, on the device. The embedding's gradient is complete last: while its sum travels, those of the others are squared.
+  void sum_of_ranks() {
+    const index_t others = arrays_.own_begin(1);
+    finish_passes(others > 0 ? 1 : 0);
+    squares(arrays_.own_gradients().subspan(static_cast<std::size_t>(others)));
+    finish_passes();
+    if (others > 0) squares(arrays_.own_gradients().first(static_cast<std::size_t>(others)));
+    static_assert(offsetof(StepSums, squares) == offsetof(StepSums, loss) + sizeof(double));
+    peers_->sum_on_device({&sums()->loss, arrays_.owns_all() ? std::size_t{1} : std::size_t{2}});
+  }
+  void squares(std::span<const float> gradient) { add_squares(*dev_, sums(), gradient.data(), static_cast<index_t>(gradient.size())); }
   std::int64_t most(std::int64_t mine) {
     double n = static_cast<double>(mine);
     peers_->most({&n, 1});
@@ -412,7 +437,8 @@ class Trainer {
   std::vector<float> row_weights_;
   Memory<D> sums_;                    // StepSums
   [[no_unique_address]] Recording<D> recording_;
-  std::vector<std::uint64_t> kind_;   // of a micro-batch's work
+  enum : std::uint64_t { pass_work, update_work };
+  std::vector<std::uint64_t> kind_;   // of a micro-batch's work, or an update's
   bool fresh_ = true;  // no micro-batch of this step yet
   std::int64_t step_ = 0, micro_ = 0;
   std::int64_t accumulated_ = 0, passes_ = -1;       // accumulate() of this step so far, and the most of a rank; below 0: not known

@@ -25,6 +25,7 @@ struct TrainingPlanOptions {
   int threads = 1;                ///< each has scratch of its own, on the CPU
   Sharding sharding = Sharding::none;
   int ranks = 1;                  ///< the plan is that of one of them
+  Format wire = Format::f32;      ///< what gradients are on their way (ParallelOptions::wire)
 };
 
 /// In bytes. `weights`: in f32, and as products read them where that is another array. On a card CUDA's own memory (some 0.5 GB) and NCCL's (1.5 GB) come on top.
@@ -52,6 +53,7 @@ constexpr TrainingPlan training_plan(const C& c, const TrainingPlanOptions& o) {
   plan.scratch = training_scratch(device, c, {T, o.tokens, R, o.threads, o.precision == Precision::bf16, o.precision == Precision::fp8, fsdp});
   if (zero1) plan.communication = bytes(own);
   if (fsdp) plan.communication = static_cast<std::size_t>(fsdp_buffers(c.tied)) * (bytes(cut.largest_part, sizeof(A) + sizeof(float)) + bytes(cut.largest_shard));
+  plan.communication += wire_bytes(o.wire, o.sharding, cut.largest_part, default_bucket_bytes);
   return plan;
 }
 template <StaticConfig C, TrainingDevice D = Cpu>

@@ -19,14 +19,23 @@ struct AdamwArgs {
   const float* gradient;
   bf16* rounded;  // or null
   index_t n;
-  float lr, decay, beta1, beta2, rest1, rest2, eps, correction1, correction2, scale;
-  const float* scale_at;  // instead of it; or null
+  float decay, beta1, beta2, rest1, rest2, eps;
+  AdamwStep step;
+  const AdamwStep* at;  // instead of it; or null
   int ranges;
   bool first_decays;
   index_t ends[most];
   MomentArray m_stored, v_stored;  // instead of m and v, where they are not f32
-  std::uint32_t key, place;        // of their rounding
+  std::uint32_t place;             // of their rounding
 };
+/// The step's numbers, and what a weight that decays is multiplied by: with the roundings of the host, which multiplies and subtracts.
+struct AdamwNow : AdamwStep {
+  float keep;
+};
+static __device__ __forceinline__ AdamwNow adamw_now(const AdamwArgs& t) {
+  const AdamwStep s = t.at ? *t.at : t.step;
+  return {s, __fsub_rn(1.0f, __fmul_rn(s.lr, t.decay))};
+}
 
 /// The first range that ends behind `place`.
 static __device__ __forceinline__ int adamw_range(const AdamwArgs& t, index_t place) {
@@ -39,26 +48,26 @@ static __device__ __forceinline__ int adamw_range(const AdamwArgs& t, index_t pl
   return low;
 }
 /// One weight, and its averages in f32; `range` is that of a place before.
-static __device__ __forceinline__ void adamw_one(const AdamwArgs& t, float scale, int& range, float& p, float& m, float& v, float gradient, index_t at) {
+static __device__ __forceinline__ void adamw_one(const AdamwArgs& t, const AdamwNow& now, int& range, float& p, float& m, float& v, float gradient, index_t at) {
   while (range + 1 < t.ranges && at >= t.ends[range]) ++range;
   const bool decays = t.first_decays == (range % 2 == 0);
-  const float g = gradient * scale;
+  const float g = gradient * now.scale;
   m = t.beta1 * m + t.rest1 * g, v = t.beta2 * v + t.rest2 * g * g;
-  p = p * (decays ? t.decay : 1.0f) - t.lr * (m / t.correction1) / (sqrtf(v / t.correction2) + t.eps);
+  p = p * (decays ? now.keep : 1.0f) - now.lr * (m / now.correction1) / (sqrtf(v / now.correction2) + t.eps);
 }
 
 // A block 1024 vectors of 4: 28 bytes read and written of a weight, 30 with its copy.
 static __global__ void __launch_bounds__(256) adamw_kernel(const __grid_constant__ AdamwArgs t) {
   using F = Vec<float, 4>;
   const index_t first = static_cast<index_t>(blockIdx.x) * 4096;
-  const float scale = t.scale_at ? *t.scale_at : t.scale;
-  if (isnan(scale)) return;
+  const AdamwNow now = adamw_now(t);
+  if (isnan(now.scale)) return;
   int range = adamw_range(t, first);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const index_t i = first + 4 * (k * 256 + static_cast<int>(threadIdx.x));
     if (i >= t.n) return;
-    const auto one = [&](float& p, float& m, float& v, float gradient, index_t at) { adamw_one(t, scale, range, p, m, v, gradient, at); };
+    const auto one = [&](float& p, float& m, float& v, float gradient, index_t at) { adamw_one(t, now, range, p, m, v, gradient, at); };
     if (i + 4 <= t.n) {
       F p = *reinterpret_cast<const F*>(t.p + i), m = *reinterpret_cast<const F*>(t.m + i), v = *reinterpret_cast<const F*>(t.v + i);
       const F g = *reinterpret_cast<const F*>(t.gradient + i);
@@ -86,8 +95,8 @@ static __global__ void __launch_bounds__(256) adamw_rounded_kernel(const __grid_
   using E = Vec<Element, 4>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const index_t block = static_cast<index_t>(blockIdx.x) * 8 + static_cast<int>(threadIdx.x) / 32, first = block * moment_block;
-  const float scale = t.scale_at ? *t.scale_at : t.scale;
-  if (first >= t.n || isnan(scale)) return;
+  const AdamwNow now = adamw_now(t);
+  if (first >= t.n || isnan(now.scale)) return;
   auto *const ms = static_cast<Element*>(t.m_stored.elements), *const vs = static_cast<Element*>(t.v_stored.elements);
   const float m_scale = format == Moments::int8 ? t.m_stored.scales[block] : 1.0f, v_scale = format == Moments::int8 ? t.v_stored.scales[block] : 1.0f;
   int range = adamw_range(t, first);
@@ -110,7 +119,7 @@ static __global__ void __launch_bounds__(256) adamw_rounded_kernel(const __grid_
     for (int j = 0; j < 4; ++j) {
       if constexpr (format == Moments::bf16) m[k].at[j] = __uint_as_float(std::uint32_t{me.at[j]} << 16), v[k].at[j] = __uint_as_float(std::uint32_t{ve.at[j]} << 16);
       else m[k].at[j] = decode_m(me.at[j], m_scale), v[k].at[j] = decode_v(ve.at[j], v_scale);
-      adamw_one(t, scale, range, p.at[j], m[k].at[j], v[k].at[j], g.at[j], i + j);
+      adamw_one(t, now, range, p.at[j], m[k].at[j], v[k].at[j], g.at[j], i + j);
       r.at[j] = from_float<bf16>(p.at[j]);
       m_most = fmaxf(m_most, fabsf(m[k].at[j])), v_most = fmaxf(v_most, v[k].at[j]);  // 0 behind the end
     }
@@ -139,7 +148,7 @@ static __global__ void __launch_bounds__(256) adamw_rounded_kernel(const __grid_
     E me, ve;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const std::uint32_t random = rounding_bits(t.key, t.place + static_cast<std::uint32_t>(i + j));
+      const std::uint32_t random = rounding_bits(now.key, t.place + static_cast<std::uint32_t>(i + j));
       if constexpr (format == Moments::bf16) me.at[j] = round_moment(m[k].at[j], random & 0xffffu), ve.at[j] = round_moment(v[k].at[j], random >> 16);
       else me.at[j] = encode_m(m[k].at[j], m_inverse, random & 0xffffu), ve.at[j] = encode_v(v[k].at[j], v_inverse, random >> 16);
     }
@@ -156,8 +165,8 @@ inline void adamw(cudaStream_t stream, const AdamwTask& t, std::span<const Adamw
   if (t.n == 0) return;
   for (const void* p : {static_cast<const void*>(t.p), static_cast<const void*>(t.m.elements), static_cast<const void*>(t.v.elements), static_cast<const void*>(t.gradient)})
     if (reinterpret_cast<std::uintptr_t>(p) % 16) throw Error("adamw", "arrays", "at multiples of 16 bytes", "another address");
-  AdamwArgs a{t.p, t.m.floats(), t.v.floats(), t.gradient, rounded, t.n, t.lr, 1.0f - t.lr * t.decay, t.beta1, t.beta2, static_cast<float>(1.0 - static_cast<double>(t.beta1)),
-              static_cast<float>(1.0 - static_cast<double>(t.beta2)), t.eps, t.correction1, t.correction2, t.scale, t.scale_at, 0, true, {}, t.m, t.v, t.key, t.place};
+  AdamwArgs a{t.p, t.m.floats(), t.v.floats(), t.gradient, rounded, t.n, t.decay, t.beta1, t.beta2, static_cast<float>(1.0 - static_cast<double>(t.beta1)), static_cast<float>(1.0 - static_cast<double>(t.beta2)), t.eps,
+              {t.lr, t.correction1, t.correction2, t.key, t.scale}, t.at, 0, true, {}, t.m, t.v, t.place};
   index_t end = 0;
   for (const AdamwRange& r : ranges) {
     const bool last_decays = a.first_decays == (a.ranges % 2 == 1);  // of the range before
@@ -198,17 +207,24 @@ inline void sum_of_squares(cudaStream_t stream, double* partial, const float* x,
 }
 
 // The order of the sum is fixed: lanes, then warps.
-static __global__ void __launch_bounds__(square_blocks) clip_kernel(StepSums* to, const double* partial, float most) {
+static __global__ void __launch_bounds__(square_blocks) add_squares_kernel(StepSums* to, const double* partial) {
   __shared__ double sums[square_blocks / 32];
   const double all = block_sum(partial[threadIdx.x], sums);
-  if (threadIdx.x) return;
-  const auto norm = static_cast<float>(sqrt(all));
-  to->squares = all, to->norm = norm;
-  to->scale = !isfinite(norm) ? nanf("") : most > 0 ? fminf(1.0f, most / (norm + 1e-6f)) : 1.0f;
+  if (threadIdx.x == 0) to->squares += all;
 }
-/// All of *to but the loss, from partial [square_blocks] of sum_of_squares.
-inline void clip(cudaStream_t stream, StepSums* to, const double* partial, float most) {
-  clip_kernel<<<1, square_blocks, 0, stream>>>(to, partial, most);
+/// to->squares += the sum of partial [square_blocks], of sum_of_squares.
+inline void add_squares(cudaStream_t stream, StepSums* to, const double* partial) {
+  add_squares_kernel<<<1, square_blocks, 0, stream>>>(to, partial);
+  launched("add_squares");
+}
+static __global__ void clip_kernel(StepSums* to, float most) {
+  const auto norm = static_cast<float>(sqrt(to->squares));
+  to->norm = norm;
+  to->adamw.scale = !isfinite(norm) ? nanf("") : most > 0 ? fminf(1.0f, most / (norm + 1e-6f)) : 1.0f;
+}
+/// Norm and scale from the squares.
+inline void clip(cudaStream_t stream, StepSums* to, float most) {
+  clip_kernel<<<1, 1, 0, stream>>>(to, most);
   launched("clip");
 }
 

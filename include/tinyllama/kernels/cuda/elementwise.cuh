@@ -82,6 +82,31 @@ void dropout(cudaStream_t stream, A* out, index_t ld_out, const A* x, index_t ld
 template <class A>
 void round_to(cudaStream_t stream, A* to, const float* from, index_t n) { each_element(stream, "round", 1, n, RoundElement<A>{to, from}); }
 
+// 16 bytes of f32 at a time, and as many elements of the other format.
+template <int N, class To, class From>
+__global__ void __launch_bounds__(256) convert_kernel(To* to, const From* from, index_t n) {
+  const index_t step = static_cast<index_t>(gridDim.x) * 256;
+  for (index_t i = static_cast<index_t>(blockIdx.x) * 256 + threadIdx.x; i < n / N; i += step) {
+    const auto x = reinterpret_cast<const Vec<From, N>*>(from)[i];
+    Vec<To, N> y;
+#pragma unroll
+    for (int j = 0; j < N; ++j) y.at[j] = from_float<To>(to_float(x.at[j]));
+    reinterpret_cast<Vec<To, N>*>(to)[i] = y;
+  }
+  if (blockIdx.x == 0 && threadIdx.x < n % N) to[n / N * N + threadIdx.x] = from_float<To>(to_float(from[n / N * N + threadIdx.x]));
+}
+/// to = from, [n], to nearest even.
+template <class To, class From>
+void convert(cudaStream_t stream, const char* name, To* to, const From* from, index_t n) {
+  if (n == 0) return;
+  const index_t blocks = ceil_div(n, 4 * 256 * 4);
+  const auto grid = static_cast<unsigned>(blocks < 2048 ? blocks : 2048);
+  const auto aligned = [](const auto* p) { return reinterpret_cast<std::uintptr_t>(p) % (4 * sizeof *p) == 0; };
+  if (aligned(to) && aligned(from)) convert_kernel<4><<<grid, 256, 0, stream>>>(to, from, n);
+  else convert_kernel<1><<<grid, 256, 0, stream>>>(to, from, n);
+  launched(name);
+}
+
 inline void fill(cudaStream_t stream, float* x, index_t n, float value) { each_element(stream, "fill", 1, n, FillElement{x, value}); }
 
 }  // namespace tinyllama::cuda
