@@ -195,7 +195,7 @@ int main(int argc, char** argv) {
   for (const Shape& s : {Shape{1, 512, 4, 8, 64}, {1, 2048, 4, 8, 64}, {8, 2048, 4, 8, 64}, {1, 8192, 4, 8, 64}, {1, 512, 8, 4, 128}, {1, 2048, 8, 4, 128}, {8, 2048, 8, 4, 128}, {1, 8192, 8, 4, 128}}) {
     std::printf("  B %td T %5td heads %td kv %td head_dim %3td:", s.batch, s.tokens, s.kv_heads * s.group, s.kv_heads, s.head_dim);
     const auto report = [&](const char* what, double f) { std::printf("  %s %.0f (%.0f%%)", what, f * 1e-12, 100 * f / peak); };
-    report("flash", prefill_flops(s.batch, s.tokens, s.kv_heads, s.group, s.head_dim, cuda::flash_tile_rows(s.head_dim), sms, true, [](cudaStream_t stream, const auto& a) { cuda::attention_flash(stream, a); }));
+    report("flash", prefill_flops(s.batch, s.tokens, s.kv_heads, s.group, s.head_dim, cuda::flash_tile_rows(s.head_dim, s.batch * s.tokens * s.kv_heads * s.group, sms), sms, true, [](cudaStream_t stream, const auto& a) { cuda::attention_flash(stream, a); }));
     if (!quick) report("mma.sync", prefill_flops(s.batch, s.tokens, s.kv_heads, s.group, s.head_dim, 32, sms * 2, false, [](cudaStream_t stream, const auto& a) { cuda::attention_paged(stream, a); }));
     std::printf("\n");
     std::fflush(stdout);

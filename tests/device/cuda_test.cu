@@ -373,6 +373,45 @@ TEST_CASE_TEMPLATE("cuda: matmul in each format, few rows and many", A, float, b
   }
 }
 
+// A norm between two products, whoever reads it: on Hopper half of it may be left to the product that was named, and is done in full for any other.
+TEST_CASE("cuda: products that norm on their way") {
+  if (no_card()) return;
+  Cuda dev;
+  Random random(3);
+  constexpr index_t k = 264, n = 512;
+  const WeightsOnCard<Cuda> w(dev, {{Format::bf16, n}}, k), plain(dev, {{Format::bf16, 96}, {Format::bf16, 40}}, n), packed(dev, {{Format::q8_0, 96}}, n);
+  const auto gain = random.vector(n);
+  const OnCard<Cuda, float> gains(dev, gain, 1, n);
+  for (const index_t m : {1, 2, 40, 112, 150}) {
+    CAPTURE(m);
+    const auto x = random.vector(m * k), residual = random.vector(m * n);
+    const OnCard<Cuda, bf16> xs(dev, x, m, k), normed(dev, m, n), in_full(dev, m, n), a(dev, m, 136), b(dev, m, 136), c(dev, m, 96), d(dev, m, 96);
+    const OnCard<Cuda, float> rs(dev, residual, m, n), y(dev, m, n), sum(dev, m, n);
+    dev.matmul_add(sum.view(), xs.view(), w.linear, rs.view());
+    dev.rmsnorm(in_full.view(), sum.view(), gains.view().data(), 1e-5f);
+    dev.matmul(a.view(), in_full.view(), plain.linear), dev.matmul(c.view(), in_full.view(), packed.linear);
+    for (const bool named : {true, false}) {  // or another reader than was said
+      dev.matmul_add_rmsnorm(y.view(), normed.view(), xs.view(), w.linear, rs.view(), gains.view().data(), 1e-5f, named ? plain.linear : packed.linear);
+      check_same(y.get(), sum.get());
+      dev.matmul(b.view(), normed.view(), plain.linear);
+      const auto want = a.get();
+      double squares = 0;
+      for (const float v : want) squares += static_cast<double>(v) * v;
+      const double size = std::sqrt(squares / static_cast<double>(want.size()));  // rows rounded before they are scaled or behind it: errors of terms, 2^-9 at most each, add up as the terms do
+      check_close(b.get(), want, [&](index_t i) { return 0x1p-7 * std::fabs(want[static_cast<std::size_t>(i)]) + 0x1p-6 * size; });
+      dev.matmul_add_rmsnorm(y.view(), normed.view(), xs.view(), w.linear, rs.view(), gains.view().data(), 1e-5f, plain.linear);
+      dev.matmul(d.view(), normed.view(), packed.linear);
+      check_same(d.get(), c.get());
+      check_same(normed.get(), in_full.get());
+    }
+    // Norms in full over one that nobody read.
+    dev.matmul_add_rmsnorm(y.view(), normed.view(), xs.view(), w.linear, rs.view(), gains.view().data(), 1e-5f, plain.linear);
+    dev.rmsnorm(normed.view(), sum.view(), gains.view().data(), 1e-5f);
+    dev.matmul(b.view(), normed.view(), plain.linear);
+    check_same(b.get(), a.get());
+  }
+}
+
 // On Hopper x is quantised too, and by rule: with those numbers the product is exact up to the sums of the tensor cores.
 TEST_CASE("cuda: matmul of 8-bit floats by 8-bit floats") {
   if (no_card()) return;

@@ -409,9 +409,9 @@ TEST_CASE("cuda attention of prefill on Hopper: lengths, starts inside pages, gr
     return;
   }
   for (const Format f : {Format::bf16, Format::f16})
-    for (const index_t hd : {64, 128}) {
-      const index_t tile = cuda::flash_tile_rows(hd);
-      const auto check = [&](index_t kv_heads, index_t group, const std::vector<Part>& parts) {
+    for (const auto& [hd, tile] : {std::pair<index_t, index_t>{64, 64}, {64, 192}, {128, 128}}) {
+      CAPTURE(tile);
+      const auto check = [&, hd = hd, tile = tile](index_t kv_heads, index_t group, const std::vector<Part>& parts) {
         const TestBatch b(f, hd, kv_heads, group, parts);
         check_plan<bf16, bf16>(b, plan_for(b, cuda::AttentionKernel::flash, tile), cuda::AttentionKernel::flash);
       };
@@ -427,7 +427,7 @@ TEST_CASE("cuda attention of prefill on Hopper: lengths, starts inside pages, gr
   for (const Format f : {Format::f8_e4m3, Format::q8_0, Format::f32})  // expanded to bf16 first
     for (const index_t hd : {64, 128}) {
       const TestBatch b(f, hd, 2, 8, mixed);
-      check_plan<bf16, bf16>(b, plan_for(b, cuda::AttentionKernel::flash, cuda::flash_tile_rows(hd)), cuda::AttentionKernel::flash);
+      check_plan<bf16, bf16>(b, plan_for(b, cuda::AttentionKernel::flash, hd == 64 ? 192 : 128), cuda::AttentionKernel::flash);
     }
 }
 

@@ -28,6 +28,7 @@ template <class A>
 class CudaTraining;  // device/cuda_training.cuh
 namespace cuda {
 struct StreamTask;
+struct SplitNorm;
 }
 
 /// One card, one stream, activations of type A between products (bf16, or float for exactness). One thread at a time may call its operations, which return
@@ -54,7 +55,8 @@ class CudaDevice {
 
   CudaDevice() : CudaDevice(Options()) {}
   explicit CudaDevice(Options options) : card_(checked(options.card)), stream_(card_), pool_(card_), blas_(card_), batch_upload_(card_, pool_.get(), stream_.get()), draws_(card_, pool_.get(), stream_.get()),
-                                        few_(card_, pool_.get(), stream_.get()), many_(card_, pool_.get(), stream_.get()), counters_(card_, pool_.get(), stream_.get()), stream_flags_(card_, pool_.get(), stream_.get()) {
+                                        few_(card_, pool_.get(), stream_.get()), many_(card_, pool_.get(), stream_.get()), counters_(card_, pool_.get(), stream_.get()), stream_flags_(card_, pool_.get(), stream_.get()),
+                                        squares_(card_, pool_.get(), stream_.get()) {
     cudaDeviceProp p;
     cuda::check(cudaGetDeviceProperties(&p, card_), "cudaGetDeviceProperties");
     name_ = p.name, multiprocessors_ = p.multiProcessorCount, capability_ = 10 * p.major + p.minor;
@@ -179,6 +181,10 @@ class CudaDevice {
     requires(!std::is_same_v<A, float>);
   /// y = x W^T + residual, which is another array of y's shape: the library adds on its way.
   void matmul_add(View<float, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w, View<const float, dyn, dyn> residual);
+  /// y = x W^T + residual and normed = rmsnorm(y), which only products with `reader` read: where they can, normed is left as gain y and the product with `reader` multiplies by the rest
+  /// (cuda::SplitNorm), so that decoding has no kernel for norms.
+  void matmul_add_rmsnorm(View<float, dyn, dyn> y, View<A, dyn, dyn> normed, View<const A, dyn, dyn> x, const Linear& w, View<const float, dyn, dyn> residual, const float* gain, float eps,
+                          const Linear& reader);
   /// out = silu(x W_gate^T) (x W_up^T), w's two parts; gate_up [T, 2 ffn] has both factors if they are to be kept, else it is scratch.
   void matmul_swiglu(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_up, View<const A, dyn, dyn> x, const Linear& w, bool keep = false);
   /// The same of plain matrices by one kernel; false, and nothing done, where there is none for them.
@@ -264,6 +270,9 @@ class CudaDevice {
     return by_tensor_cores(shape) && hopper() && shape.format != Format::q8_0 && s.tokens * group >= flash_rows;
   }
   bool stream_product(cuda::StreamTask t, std::byte* memory);
+  bool by_clusters(const Linear& w, index_t rows);
+  void forget_norm(const A* normed);
+  void finish_norm(const A* x);
   template <class Y>
   void product(View<Y, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w, const Y* residual = nullptr);
 
@@ -281,6 +290,8 @@ class CudaDevice {
   PlanOnCard few_, many_;  // of the last batch, where attention was asked for: sequences of few and of many new rows
   bool planned_ = false;
   cuda::PoolMemory counters_, stream_flags_;  // zero between launches
+  cuda::PoolMemory squares_;                  // of a SplitNorm
+  std::shared_ptr<cuda::SplitNorm> split_;    // the norm that is half done, if its `normed` is not null
 
  public:
   std::shared_ptr<CudaTraining<A>> training;  ///< what training keeps, made at its first operation

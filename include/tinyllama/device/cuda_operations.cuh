@@ -67,6 +67,7 @@ typename CudaDevice<A>::Batch CudaDevice<A>::batch(std::span<const std::int32_t>
   b.rows = static_cast<int>(rows), b.count = static_cast<int>(sequences.size());
   b.host_sequences = sequences;
   planned_ = false;
+  if (split_) split_->normed = nullptr;  // of a step that was given up
   return last_ = b;
 }
 
@@ -107,6 +108,7 @@ void CudaDevice<A>::rope_angles(View<float, dyn, dyn> cos, View<float, dyn, dyn>
 template <class A>
 void CudaDevice<A>::rmsnorm(View<A, dyn, dyn> out, View<const float, dyn, dyn> x, const float* gain, float eps) {
   const cuda::Current here(card_);
+  forget_norm(out.data());
   // Without a residual x is only read.
   cuda::rmsnorm<A>(stream(), {out.data(), out.stride(0), const_cast<float*>(x.data()), x.stride(0), nullptr, 0, gain, static_cast<int>(x.extent(0)), static_cast<int>(x.extent(1)), eps});
 }
@@ -114,6 +116,7 @@ void CudaDevice<A>::rmsnorm(View<A, dyn, dyn> out, View<const float, dyn, dyn> x
 template <class A>
 void CudaDevice<A>::add_rmsnorm(View<A, dyn, dyn> out, View<float, dyn, dyn> x, View<const float, dyn, dyn> residual, const float* gain, float eps) {
   const cuda::Current here(card_);
+  forget_norm(out.data());
   cuda::rmsnorm<A>(stream(), {out.data(), out.stride(0), x.data(), x.stride(0), residual.data(), residual.stride(0), gain, static_cast<int>(x.extent(0)), static_cast<int>(x.extent(1)), eps});
 }
 
@@ -175,7 +178,10 @@ void CudaDevice<A>::plan_attention(const CacheShape& shape, index_t group, const
   // A step that may become a graph: the launch and its memory are those of the longest sequences. A block cuts one tile at most.
   if (b.most_tokens == 1 && !few.empty()) few.pad(static_cast<std::int32_t>(blocks)), few.parts = static_cast<std::int32_t>(2 * blocks);
   few_.send(std::move(few));
-  many_.send(cuda::plan_whole(b.host_sequences, shape.kv_heads, group, cuda::flash_tile_rows(shape.head_dim), multiprocessors_, many));
+  index_t many_rows = 0;
+  for (const Sequence& s : b.host_sequences)
+    if (many(s)) many_rows += s.tokens * group * shape.kv_heads;
+  many_.send(cuda::plan_whole(b.host_sequences, shape.kv_heads, group, cuda::flash_tile_rows(shape.head_dim, many_rows, multiprocessors_), multiprocessors_, many));
   if (const std::size_t counters = static_cast<std::size_t>(std::max(few_.plan.parts, many_.plan.parts)) * sizeof(unsigned); counters > counters_.size()) {
     counters_.reserve(2 * counters);
     zero(counters_.data(), counters_.size());  // the kernels leave them at zero
@@ -255,13 +261,74 @@ void CudaDevice<A>::softmax(View<float, dyn, dyn> out, View<const float, dyn, dy
   cuda::softmax(stream(), {out.data(), out.stride(0), x.data(), x.stride(0), static_cast<int>(x.extent(0)), static_cast<int>(x.extent(1)), scale});
 }
 
+/// Whether a product of so many rows is cluster_gemm's: all of W is one matrix of bf16.
+template <class A>
+bool CudaDevice<A>::by_clusters(const Linear& w, index_t rows) {
+  if (!std::is_same_v<A, bf16> || rows < 2 || rows > cuda::cluster::most_rows || !hopper()) return false;
+  index_t before = 0;
+  for (int i = 0; i < w.parts; ++i) {
+    const Matrix& m = w.part[static_cast<std::size_t>(i)];
+    if (m.format != Format::bf16 || !m.packed || m.data != w.part[0].data + before * cuda::packed_row_bytes(m.format, w.columns())) return false;
+    before += m.rows;
+  }
+  return before % 8 == 0 && w.columns() % 8 == 0 && w.columns() > 64;
+}
+
+template <class A>
+void CudaDevice<A>::matmul_add_rmsnorm(View<float, dyn, dyn> y, View<A, dyn, dyn> normed, View<const A, dyn, dyn> x, const Linear& w, View<const float, dyn, dyn> residual, const float* gain, float eps,
+                                       const Linear& reader) {
+  if constexpr (std::is_same_v<A, bf16>) {
+    const index_t rows = y.extent(0), n = y.extent(1);
+    if (w.parts == 1 && by_clusters(w, rows) && by_clusters(reader, rows) && residual.stride(0) == y.stride(0)) {
+      const cuda::Current here(card_);
+      finish_norm(x.data());
+      constexpr std::size_t bytes = static_cast<std::size_t>(cuda::SplitNorm::most_rows * cuda::SplitNorm::most_parts) * sizeof(float);
+      if (squares_.size() < bytes) squares_.reserve(bytes);
+      if (!split_) split_ = std::make_shared<cuda::SplitNorm>();
+      cuda::SplitNorm norm{reinterpret_cast<float*>(squares_.data()), normed.data(), normed.stride(0), n, gain, eps, 0, y.data(), y.stride(0), rows};
+      const cuda::StreamTask task{Format::bf16, w.part[0].data, nullptr, n, w.columns(), x.data(), x.stride(0), rows, y.data(), y.stride(0), true, residual.data(), nullptr, &norm};
+      if (cuda::cluster_gemm(stream(), task)) {
+        *split_ = norm;
+        return;
+      }
+    }
+  }
+  matmul_add(y, x, w, residual);
+  rmsnorm(normed, y, gain, eps);
+}
+
+/// `normed` gets other values than those of a norm that is half done.
+template <class A>
+void CudaDevice<A>::forget_norm(const A* normed) {
+  if constexpr (std::is_same_v<A, bf16>)
+    if (split_ && split_->normed == normed) split_->normed = nullptr;
+}
+
+/// Before x is read by what does not do the other half of its norm: all of it.
+template <class A>
+void CudaDevice<A>::finish_norm(const A* x) {
+  if constexpr (std::is_same_v<A, bf16>) {
+    if (!split_ || split_->normed != x || !x) return;
+    const cuda::SplitNorm norm = *split_;
+    split_->normed = nullptr;
+    rmsnorm(View<A, dyn, dyn>(norm.normed, {norm.m, norm.n}, {norm.ld, 1}), View<const float, dyn, dyn>(norm.y, {norm.m, norm.n}, {norm.ld_y, 1}), norm.gain, norm.eps);
+  }
+}
+
 /// A product of a step of decoding as cluster_gemm or stream_gemm does it; false where it is for another way. `memory`: of blas_workspace and weights_scratch.
 template <class A>
 bool CudaDevice<A>::stream_product(cuda::StreamTask t, std::byte* memory) {
   if (t.m <= 1 || !hopper()) return false;
-  if (t.format == Format::bf16) return t.m <= cuda::cluster::most_rows && cuda::cluster_gemm(stream(), t);
+  if (t.format == Format::bf16) {
+    const bool split = split_ && split_->normed == t.x && t.m == split_->m && t.k == split_->n;
+    t.scales = split ? split_.get() : nullptr;
+    if (t.m > cuda::cluster::most_rows || !cuda::cluster_gemm(stream(), t)) return false;
+    if (split) split_->normed = nullptr;
+    return true;
+  }
   if (t.m > cuda::stream::most_rows(t.format) || (t.m <= few_rows && t.format != Format::f8_e4m3)) return false;
   if (cuda::stream::partial_bytes(multiprocessors_) > blas_workspace + weights_scratch) return false;
+  finish_norm(reinterpret_cast<const A*>(t.x));
   if (const std::size_t bytes = cuda::stream::flags_bytes(multiprocessors_); stream_flags_.size() < bytes) {
     stream_flags_.reserve(bytes);
     zero(stream_flags_.data(), stream_flags_.size());
@@ -298,6 +365,7 @@ void CudaDevice<A>::product(View<Y, dyn, dyn> y, View<const A, dyn, dyn> x, cons
     bool done = false;
     if constexpr (std::is_same_v<A, bf16>) {
       done = stream_product({m.format, m.data, nullptr, m.rows, columns, x.data(), x.stride(0), rows, to, y.stride(0), std::is_same_v<Y, float>, add}, memory);
+      if (!done) finish_norm(x.data());
       if (!done && e4m3_products && m.format == Format::f8_e4m3)
         done = cuda::matmul_e4m3<Y>(stream(), blas_, m.data, m.rows, columns, x.data(), x.stride(0), rows, to, y.stride(0), add,
                                     {memory + blas_workspace + weights_scratch, rows, columns}, std::exchange(e4m3_quantised, true), memory, blas_workspace);
@@ -354,10 +422,11 @@ void CudaDevice<A>::matmul_swiglu(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_
       const auto plain = [](const Matrix& m) {
         return View<const A, dyn, dyn>(reinterpret_cast<const A*>(m.data), {m.rows, m.columns}, {cuda::packed_row_bytes(m.format, m.columns) / static_cast<index_t>(sizeof(A)), 1});
       };
+      finish_norm(x.data());
       if (gate.format == format_of<A> && gated_product(out, gate_up, x, plain(gate), plain(up), keep)) return;
     }
   }
-  product(gate_up, x, w);
+  product(gate_up, x, w);  // finishes a norm that is half done
   const index_t ffn = out.extent(1);
   swiglu(out, columns(gate_up, 0, ffn), columns(gate_up, ffn, 2 * ffn));
 }

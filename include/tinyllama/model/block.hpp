@@ -93,10 +93,21 @@ void half_sum(D& dev, Normed normed, Sum sum, X x, const Activations& a, const f
   else dev.add_rmsnorm(normed, sum, x, gain, eps);
 }
 
+/// sum = x + what a product with W adds;  normed = its norm, which a product with `reader` reads. A device may do half of the norm in each of the two products.
+template <Device D, class Sum, class Normed, class In, class W, class X, class Activations>
+void half_and_norm(D& dev, Sum sum, Normed normed, In in, const W& w, X x, const Activations& a, const float* gain, float eps, const W& reader) {
+  if constexpr (requires { dev.matmul_add_rmsnorm(sum, normed, in, w, x, gain, eps, reader); }) {
+    dev.matmul_add_rmsnorm(sum, normed, in, w, x, gain, eps, reader);
+  } else {
+    half_forward(dev, sum, in, w, x, a);
+    half_sum<W>(dev, normed, sum, x, a, gain, eps);
+  }
+}
+
 /// a.x and a.normed are there; everything else of `a` is computed. `attend(attended, qkv)` is attention over a cache, or over the batch itself.
-/// Without `output` the block stops before its last product: what backward needs to have again.
+/// Without `output` the block stops before its last product: what backward needs to have again. With `next` a.normed becomes what the block behind reads.
 template <Config C, Device D, class W, class Activations, class Attend>
-void block_forward(D& dev, const C& c, const Layer<W>& w, const Activations& a, const RopeAngles& angles, Attend&& attend, bool output = true) {
+void block_forward(D& dev, const C& c, const Layer<W>& w, const Activations& a, const RopeAngles& angles, Attend&& attend, bool output = true, const Layer<W>* next = nullptr) {
   matmul(dev, a.qkv, a.normed, w.qkv);
   if constexpr (requires { attend(a.attended, a.qkv, angles); }) {  // turns queries and keys itself, on their way into the cache
     attend(a.attended, a.qkv, angles);
@@ -104,16 +115,16 @@ void block_forward(D& dev, const C& c, const Layer<W>& w, const Activations& a, 
     detail::rope_queries_and_keys(dev, c, a.qkv, angles);
     attend(a.attended, a.qkv);
   }
-  half_forward(dev, a.mid, a.attended, w.o, a.x, a);
+  half_and_norm(dev, a.mid, a.ffn_normed, a.attended, w.o, a.x, a, w.ffn_norm, c.norm_eps, w.gate_up);
 
-  half_sum<W>(dev, a.ffn_normed, a.mid, a.x, a, w.ffn_norm, c.norm_eps);
   if constexpr (requires { dev.matmul_swiglu(a.gated, a.gate_up, a.ffn_normed, w.gate_up, false); }) {
     dev.matmul_swiglu(a.gated, a.gate_up, a.ffn_normed, w.gate_up, a.keeps_gate_up);
   } else if (!gates_product(dev, a.gated, a.gate_up, a.ffn_normed, w.gate_up)) {
     matmul(dev, a.gate_up, a.ffn_normed, w.gate_up);
     swiglu(dev, a.gated, a.gate(), a.up());
   }
-  if (output) half_forward(dev, a.out, a.gated, w.down, a.mid, a);
+  if (next) half_and_norm(dev, a.out, a.normed, a.gated, w.down, a.mid, a, next->attn_norm, c.norm_eps, next->qkv);
+  else if (output) half_forward(dev, a.out, a.gated, w.down, a.mid, a);
 }
 
 /// Gradients that pass through a block; all blocks share them. d[x] is the gradient of the loss by x.

@@ -63,8 +63,9 @@ void forward(const Weights<C, D>& w, const Ids& ids, std::span<const Sequence> b
 
     for (int l = 0; l < c.layers; ++l) {
       const LayerWeights& layer = w.layers[static_cast<std::size_t>(l)];
-      if (l == 0 || complete || observes_hidden<O>) dev.rmsnorm(n, x, layer.attn_norm, c.norm_eps);
-      else dev.add_rmsnorm(n, x, y, layer.attn_norm, c.norm_eps);
+      const LayerWeights* const next = complete && l + 1 < c.layers ? &layer + 1 : nullptr;  // whose norm the block before it does
+      if (l == 0 || (!complete && observes_hidden<O>)) dev.rmsnorm(n, x, layer.attn_norm, c.norm_eps);
+      else if (!complete) dev.add_rmsnorm(n, x, y, layer.attn_norm, c.norm_eps);
       const auto attend = [&](auto attended) {
         dev.attention(attended, q, w.cache, l, step);
         if constexpr (observes_attention<O>) {
@@ -78,12 +79,12 @@ void forward(const Weights<C, D>& w, const Ids& ids, std::span<const Sequence> b
         block_forward(dev, c, layer, a, angles, [&](auto attended, auto, const RopeAngles& r) {
           dev.rope_store_kv(q, k, v, r.cos, r.sin, r.layout, w.cache, l, step);
           attend(attended);
-        });
+        }, true, next);
       } else {
         block_forward(dev, c, layer, a, angles, [&](auto attended, auto) {
           dev.store_kv(k, v, w.cache, l, step);
           attend(attended);
-        });
+        }, true, next);
       }
       if constexpr (observes_hidden<O>) {
         if constexpr (!complete) dev.add(x, y);

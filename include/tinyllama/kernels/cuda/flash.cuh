@@ -64,6 +64,7 @@ __global__ __launch_bounds__(128 * (Warpgroups + 1), 1) void flash_kernel(const 
   const auto v_empty = [&](int s) { return barriers + 192 + s * 8; };
   const std::uint32_t q_full = barriers + 256, q_empty = barriers + 264;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  let_next_begin();
   if (threadIdx.x == 0) {
     for (int s = 0; s < stages; ++s) {
       hopper::init_barrier(k_full(s), 1), hopper::init_barrier(v_full(s), 1);
@@ -75,6 +76,7 @@ __global__ __launch_bounds__(128 * (Warpgroups + 1), 1) void flash_kernel(const 
   __syncthreads();
   if (warp < 4) {  // producers
     hopper::give_registers<Shape::producer_registers>();
+    wait_for_previous();  // consumers write where it read only behind what producers bring
     if (warp == 0) {  // K and V
       int stage = 0, parity = 1;  // a fresh barrier lets a wait for parity 1 pass
       for (int index = static_cast<int>(blockIdx.x), following; index >= 0; index = following) {

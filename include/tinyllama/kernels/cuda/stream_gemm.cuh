@@ -275,7 +275,7 @@ void launch(cudaStream_t stream, const StreamTask& t, int multiprocessors, float
 inline bool stream_gemm(cudaStream_t stream, const StreamTask& t, int multiprocessors, float* partial, unsigned* flags) {
   const auto odd = [](const void* p, index_t ld, std::size_t unit, index_t elements) { return reinterpret_cast<std::uintptr_t>(p) % unit != 0 || ld % elements != 0; };
   const std::size_t two = t.float_out ? 8 : 4;
-  if (!stream::takes(t.format) || t.m < 1 || t.m > stream::most_m || t.n % 16 != 0 || t.k % 128 != 0) return false;
+  if (!stream::takes(t.format) || t.scales || t.norm || t.m < 1 || t.m > stream::most_m || t.n % 16 != 0 || t.k % 128 != 0) return false;
   if (odd(t.w, 0, 16, 1) || odd(t.x, t.ldx, 16, 8) || odd(t.y, t.ldy, two, 2) || odd(t.add, t.ldy, two, 2)) return false;
   if (t.up && (t.float_out || t.add || (t.up - t.w) % packed_row_bytes(t.format, t.k) != 0 || t.up < t.w)) return false;
   visit(t.format, [&]<Format F>() {
