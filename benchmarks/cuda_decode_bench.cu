@@ -61,7 +61,7 @@ __global__ void random_tiles(std::byte* w, int rows, int k, std::uint64_t seed, 
       const float v = uniform(base + i) * deviation * 1.7320508f;
       if constexpr (F == Format::f32) reinterpret_cast<float*>(to)[i] = v;
       else if constexpr (F == Format::f8_e4m3) reinterpret_cast<e4m3*>(to)[i] = cuda::from_float<e4m3>(v * (e4m3::most / (deviation * 1.7320508f)));
-      else reinterpret_cast<Block<F>*>(to)[i] = cuda::detail::from_float<Block<F>>(v);
+      else reinterpret_cast<Block<F>*>(to)[i] = cuda::from_float<Block<F>>(v);
     }
     if constexpr (F == Format::f8_e4m3)
       if (tile == tiles - 1 && threadIdx.x == 0) *reinterpret_cast<float*>(w + (row + 1) * packed_row_bytes(F, k) - row_end_bytes(F)) = deviation * 1.7320508f / e4m3::most;
@@ -491,18 +491,6 @@ int main(int argc, char** argv) {
       std::fflush(stdout);
       CHECK(cudaFree(saved));
     }
-#ifdef TINYLLAMA_DECODE_TRACE
-    set_state(7, 500);
-    launch(4);
-    CHECK(cudaDeviceSynchronize());
-    static long long stamps[decode::trace_blocks * decode::trace_events];
-    CHECK(cudaMemcpyFromSymbol(stamps, decode::trace, sizeof stamps));
-    for (const int block : {0, 3, 77, 131}) {
-      std::printf("# trace of block %d, cycles:", block);
-      for (int e = 1; e < decode::trace_events; ++e) std::printf(" %s %lld", decode::trace_names[e], stamps[block * decode::trace_events + e] - stamps[block * decode::trace_events + e - 1]);
-      std::printf("\n");
-    }
-#endif
     CHECK(cudaDeviceSynchronize());
     for (std::byte* p : owned) cudaFree(p);
     for (auto& c : pages)

@@ -19,18 +19,6 @@
 namespace tinyllama::cuda {
 namespace decode {
 
-#ifdef TINYLLAMA_DECODE_TRACE  // benchmarks/cuda_decode_bench.cu: when thread 0 of each block passed the stations of one layer
-inline constexpr int trace_blocks = 132, trace_events = 11;
-inline constexpr const char* trace_names[] = {"", "qkv-vector", "dot", "| attention", "merge", "| o-vector", "dot", "| gate_up-vector", "dot", "| down-vector", "dot"};
-static __device__ long long trace[trace_blocks * trace_events];
-__device__ __forceinline__ void stamp(bool here, int event) {
-  if (here && threadIdx.x == 0) trace[blockIdx.x * trace_events + event] = clock64();
-}
-#define TINYLLAMA_DECODE_STAMP(event) stamp(traced, event)
-#else
-#define TINYLLAMA_DECODE_STAMP(event) static_cast<void>(0)
-#endif
-
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 __device__ __forceinline__ float4 load_gain(const float* gain, int i) {
@@ -102,13 +90,12 @@ __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constan
   Ring ring{memory + team * p.slots * p.slot_bytes, full + 8 * team * p.slots, empty + 8 * team * p.slots, p.slots, p.slot_bytes};
   float* const x = reinterpret_cast<float*>(memory + at.residual);        // [hidden]
   float* const cos_sin = reinterpret_cast<float*>(memory + at.cos_sin);   // [2][head_dim / 2]
+  // Sums of squares, then each team's best, then the token: places of their own. A team without rows of the head gets to its best before another one has read the squares.
   float* const reduce = reinterpret_cast<float*>(memory + at.reduce);
-  TeamSums* const sums = reinterpret_cast<TeamSums*>(memory + at.sums) + 2 * units_at_once * team;  // two sets: a warp may be a flush ahead
+  float* const bests = reduce + consumer_warps;
   std::byte* const vector = memory + at.vector;
   AttentionTask& task = *reinterpret_cast<AttentionTask*>(memory + at.task);
   int sums_turn = 0;
-  [[maybe_unused]] bool traced = false;
-  [[maybe_unused]] int event = 0;
 
   const auto as_float = [&](int product) { return uniform < 0 ? p.as_float[product] : block_columns(static_cast<Format>(uniform)) == 1; };
   const auto as_int8 = [&](int product) { return uniform < 0 ? p.as_int8[product] : block_columns(static_cast<Format>(uniform)) != 1; };
@@ -120,18 +107,18 @@ __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constan
       if (valid) reinterpret_cast<float4*>(to)[(i & 1) * ((k + 7) / 8) + (i >> 1)] = v;
       to += float_vector_bytes(k);
     }
-    if (as_int8(product)) quantise4(to, k / 32, i, v, valid);
+    if (as_int8(product)) quantise4<uniform != static_cast<int>(Format::q4_0) && uniform != static_cast<int>(Format::q8_0)>(to, k / 32, i, v, valid);
   };
   // The code of all products is one, in loops that run over them: what a layer executes has to stay in the instruction cache.
   const auto prepare = [&](int product, int k, const Quad* from, std::uint32_t from_round, const float* gain) {
     constexpr int batch = 3;
-    const int quads = k / 4;
+    const int thread = thread_again(), warp = thread / 32, lane = thread % 32, quads = k / 4;
     float squares = 0;
     float4 g{};
     if (gain && thread < quads) g = load_gain(gain, thread);
     consumer_sync();  // all warps are done with what is in the vector
     // Long vectors, and all where memory is not the limit: at 512 positions q4_0 takes 549 us a token with it and 569 without, bf16 1019 and 983.
-    if (from && (quads > 2 * consumers || as_int8(product))) await(from, quads, warp, consumer_warps, lane, from_round);
+    if (from && quads >= p.look) await(from, quads, warp, consumer_warps, lane, from_round);
 #pragma unroll 1
     for (int i = thread; i - thread < quads; i += batch * consumers) {
       float4 v[batch] = {};
@@ -158,12 +145,14 @@ __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constan
       if (lane == 0) reduce[warp] = squares;
     }
     consumer_sync();
-    TINYLLAMA_DECODE_STAMP(event), ++event;
   };
   // This team's rows of a product: sent to the other blocks, or, of the head, written as logits. A row of gate_up is silu(gate) up.
   float best = -INFINITY;
   int id = 0x7fffffff;
-  const auto multiply = [&](int product, int layer, int k, bool normed, int begin, int count, int unit, Quad* to, std::uint32_t round) {
+  const auto multiply = [&](int product, int layer, int k, bool normed, int begin, int count, int first, Quad* to, std::uint32_t round) {
+    const int thread = thread_again(), lane = thread % 32, team = thread / 32 / team_warps, member = thread / 32 % team_warps;
+    TeamSums* const sums = reinterpret_cast<TeamSums*>(memory + at.sums) + 2 * units_at_once * team;  // two sets: a warp may be a flush ahead
+    int unit = (team - first) & (teams - 1);
     const std::byte* const codes = vector + (as_float(product) ? float_vector_bytes(k) : 0);
     const bool two = product == product_gate_up;
     float scale = 1.0f;
@@ -214,7 +203,6 @@ __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constan
       }
       pending = 0, sums_turn ^= 1;
     }
-    TINYLLAMA_DECODE_STAMP(event), ++event;
   };
 
   // Tasks of attention: (KV head, up to 8 of its query heads, a run of pages).
@@ -269,13 +257,6 @@ __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constan
       const int layer = n / 4, product = product_of(m, n), k = columns_of(m, product);
       const std::uint32_t from_round = round;
       if (product == product_qkv) ++round;
-#ifdef TINYLLAMA_DECODE_TRACE
-      traced = layer == m.layers / 2;
-      if (product == product_qkv) {
-        TINYLLAMA_DECODE_STAMP(0);
-        event = 1;
-      }
-#endif
       const Quad* const from = product == product_o ? p.attended : product == product_gate_up ? p.projected : product == product_down ? p.gated : n ? p.down : nullptr;
       Quad* const to = product == product_qkv ? p.qkv : product == product_o ? p.projected : product == product_gate_up ? p.gated : product == product_down ? p.down : nullptr;
       const float* const gain = product == product_o || product == product_down ? nullptr : gains[2 * layer + (product == product_gate_up)];
@@ -284,7 +265,7 @@ __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constan
       if (product == product_qkv && n > 0 && static_cast<int>(blockIdx.x) < tasks)
         prefetch_cached<HD>(m.cache, task.first_page + task.offset + layer * layer_bytes, half_bytes, task.begin, task.end);
       prepare(product, k, from, product == product_qkv || product == product_head ? from_round : round, gain);
-      multiply(product, layer, k, gain != nullptr, d.begin, d.count, (team - d.first) & (teams - 1), to, round);
+      multiply(product, layer, k, gain != nullptr, d.begin, d.count, d.first, to, round);
       if (product != product_qkv) continue;
 
       for (int index = static_cast<int>(blockIdx.x); index < tasks; index += p.grid) {
@@ -296,21 +277,20 @@ __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constan
         attention<HD>(task, {step.pages, m.cache, m.rope == RopeLayout::half, position, layer * layer_bytes, half_bytes, round},
                       *reinterpret_cast<AttentionScratch<HD>*>(vector), cos_sin);
       }
-      TINYLLAMA_DECODE_STAMP(event), ++event;
       if (splits > 1)
-        for (int i = warp * p.grid + static_cast<int>(blockIdx.x); i < q_columns / 4; i += p.grid * consumer_warps) {
+        for (int i = thread_again() / 32 * p.grid + static_cast<int>(blockIdx.x); i < m.heads * (HD / 4); i += p.grid * consumer_warps) {
           const float y = merge_splits<HD>(p.partial + i / (HD / 4) * splits * (HD + 2), splits, i % (HD / 4), round);
-          send(p.attended + i, y, round, lane < 4);
+          send(p.attended + i, y, round, thread_again() % 32 < 4);
         }
-      TINYLLAMA_DECODE_STAMP(event), ++event;
     }
     // The largest of a team's rows, of a block's, of all.
     keep_best_of_warp(best, id);
-    if (lane == 0 && member == 0) reduce[2 * team] = best, reduce[2 * team + 1] = __int_as_float(id);
+    const int thread = thread_again(), warp = thread / 32, lane = thread % 32, team = warp / team_warps, member = warp % team_warps;
+    if (lane == 0 && member == 0) bests[2 * team] = best, bests[2 * team + 1] = __int_as_float(id);
     __threadfence();  // keys and values go ahead of what the next step waits for
     consumer_sync();
     if (thread == 0) {
-      for (int t = 1; t < teams; ++t) keep_better(best, id, reduce[2 * t], __float_as_int(reduce[2 * t + 1]));
+      for (int t = 1; t < teams; ++t) keep_better(best, id, bests[2 * t], __float_as_int(bests[2 * t + 1]));
       send(p.best + 2 * blockIdx.x, best, round), send(p.best + 2 * blockIdx.x + 1, __int_as_float(id), round);
     }
     const bool last = s + 1 == step.steps;
@@ -326,7 +306,7 @@ __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constan
       keep_best_of_warp(best, id);
       if (id == 0x7fffffff) id = 0;  // nothing but NaN
       if (lane == 0) {
-        reduce[2 * consumer_warps] = __int_as_float(id);
+        bests[2 * teams] = __int_as_float(id);
         if (blockIdx.x == 0) {
           if (step.tokens) step.tokens[s] = id;
           if (last) *step.token = id, *step.position = position + 1, *p.round = round;
@@ -334,7 +314,7 @@ __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constan
       }
     }
     consumer_sync();
-    token = __float_as_int(reduce[2 * consumer_warps]);
+    token = __float_as_int(bests[2 * teams]);
   }
 }
 
@@ -409,6 +389,10 @@ inline bool make_decode_plan(DecodePlan& plan, const DecodeModel& model, const D
   for (plan.slots = decode::max_slots; plan.slots > 0; --plan.slots)
     if ((plan.at = decode::shared_offsets(plan, sizeof(decode::AttentionTask))).end <= shared) break;
   if (plan.slots < 2) return false;
+  // What is under way stands in line before the vectors that blocks exchange: a slot of each team (32 KiB a block) keeps the memory busy and the line short. With all slots asked for as
+  // early as they are free, q4_0 takes some 60 us a token more, bf16 120.
+  plan.window = std::min(plan.slots, std::max(1, 16384 / (decode::teams * slot)));
+  plan.look = plan.as_int8[0] ? 0 : 1200;
   const int chunks = (q / kv + decode::group_heads - 1) / decode::group_heads;
   plan.max_splits = std::max(1, std::min(32, plan.grid / (model.kv_heads * chunks)));
   const std::size_t partial = static_cast<std::size_t>(model.heads) * static_cast<std::size_t>(plan.max_splits) * static_cast<std::size_t>(model.head_dim + 2);

@@ -3,8 +3,7 @@
 //   s_p = q . k_p / sqrt(head_dim),   m = max s_p,   o = sum exp(s_p - m) v_p,   l = sum exp(s_p - m)
 // All is latency here: a task is 16 positions where that fills the card, in steps of 32 with three barriers. K and V are asked for before q is there and go
 // to shared memory as floats; behind the stream of weights a read of memory takes thousands of cycles, so the kernel brings them into L2 a product ahead.
-// Four lanes score a position for a head; then every thread has all scores of its head, takes maximum and sum for itself, and owns a column of the result:
-// nothing is put together at the end.
+// Four lanes score a position for a head; then a warp has all scores of its head, one a lane, and owns 32 columns of the result: nothing is put together at the end.
 #pragma once
 
 #include "tinyllama/kernels/cuda/decode_plan.cuh"
@@ -108,8 +107,8 @@ template <int HD>
 struct AttentionScratch {
   static constexpr int step = 32;          // positions
   alignas(16) float q[group_heads][HD + 4];  // padded: four lanes of two heads read 16 bytes each without bank conflicts
-  float k[HD], v[HD];                      // of the new position
   float score[group_heads][step];
+  float weight[consumer_warps][step];      // e^(score - max), for the warp that reads it
   float keys[step][HD], values[step][HD];
 };
 
@@ -148,54 +147,55 @@ template <int HD>
 __device__ __forceinline__ void prefetch_cached(Format f, const std::byte* keys, std::int64_t half_bytes, int begin, int end) {
   constexpr int lanes = HD / 8;
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < (end - begin) * lanes && i < 64 * lanes; i += consumers) {
+  for (int i = thread_again(); i < (end - begin) * lanes && i < 64 * lanes; i += consumers) {
     const int at = cache_at<HD>(f, (begin + i / lanes) % 64, i % lanes);
     prefetch_l2(keys + at), prefetch_l2(keys + half_bytes + at);
   }
 }
 
-/// q, k and v of the new position from the exchange, turned: (a, b) -> (a cos - b sin, b cos + a sin).
+/// q of the group's heads (`queries`) and k and v of the new position (`newest`) from the exchange, turned: (a, b) -> (a cos - b sin, b cos + a sin). k and v go to their
+/// place among the keys and values as the cache will give them back, and into the cache where this is the task that writes them.
 template <int HD>
-__device__ __forceinline__ void receive_turned(const AttentionTask& t, const AttentionLayer& l, AttentionScratch<HD>& s, const float* cos_sin) {
-  constexpr int half = HD / 2, words = HD / 4;  // a thread takes two words: half a head apart
-  const float scale = rsqrtf(static_cast<float>(HD)) * 1.4426950408889634f;  // scores in powers of two
-  const int i = static_cast<int>(threadIdx.x), vector = i / (words / 2), word = i % (words / 2);
-  if (vector >= (t.newest ? 10 : 8)) return;
+__device__ __forceinline__ void receive_turned(const AttentionTask& t, const AttentionLayer& l, AttentionScratch<HD>& s, const float* cos_sin, bool queries, bool newest, int fresh,
+                                               std::byte* keys) {
+  constexpr int half = HD / 2, words = HD / 4, chunks = HD / 8;  // a thread takes 8 neighbouring dims
+  const int i = thread_again(), vector = i / chunks, j = i % chunks;
+  if (i >= (group_heads + 2) * chunks / 32 * 32 + ((group_heads + 2) * chunks % 32 ? 32 : 0)) return;  // whole warps
+  const bool head = vector < group_heads, there = head ? queries && vector < t.heads : newest && vector < group_heads + 2;
   float4 x[2] = {};
-  if (vector >= 8 || vector < t.heads) {
-    const Quad* const from = vector < 8 ? t.q + vector * words : vector == 8 ? t.k : t.v;
-    receive(x, from + word, words / 2, 2, l.round);
-  }
-  if (vector < 9) {
-    const float f = vector < 8 ? scale : 1.0f;
-    const auto turn = [&](float& a, float& b, int pair) {
-      const float c = cos_sin[pair] * f, n = cos_sin[half + pair] * f, u = a, v = b;
-      a = u * c - v * n, b = v * c + u * n;
-    };
-    if (l.halves) {
-      turn(x[0].x, x[1].x, 4 * word), turn(x[0].y, x[1].y, 4 * word + 1), turn(x[0].z, x[1].z, 4 * word + 2), turn(x[0].w, x[1].w, 4 * word + 3);
-    } else {
-      turn(x[0].x, x[0].y, 2 * word), turn(x[0].z, x[0].w, 2 * word + 1);
-      turn(x[1].x, x[1].y, 2 * word + half / 2), turn(x[1].z, x[1].w, 2 * word + half / 2 + 1);
+  receive(x, (head ? t.q + vector * words : vector == group_heads ? t.k : t.v) + 2 * j, 1, there ? 2 : 0, l.round);
+  float v[8] = {x[0].x, x[0].y, x[0].z, x[0].w, x[1].x, x[1].y, x[1].z, x[1].w};
+  const float f = head ? rsqrtf(static_cast<float>(HD)) * 1.4426950408889634f : 1.0f;  // scores in powers of two
+  if (l.halves) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const int pair = 8 * (j % (chunks / 2)) + e;
+      const float other = __shfl_xor_sync(~0u, v[e], chunks / 2), c = cos_sin[pair], n = cos_sin[half + pair];
+      if (vector <= group_heads) v[e] = (v[e] * c + (j < chunks / 2 ? -other : other) * n) * f;
+    }
+  } else if (vector <= group_heads) {
+#pragma unroll
+    for (int e = 0; e < 8; e += 2) {
+      const float c = cos_sin[4 * j + e / 2], n = cos_sin[half + 4 * j + e / 2], a = v[e], b = v[e + 1];
+      v[e] = (a * c - b * n) * f, v[e + 1] = (b * c + a * n) * f;
     }
   }
-  float4* const to = reinterpret_cast<float4*>(vector < 8 ? s.q[vector] : vector == 8 ? s.k : s.v);
-  to[word] = x[0], to[word + words / 2] = x[1];
-}
-
-/// Eight values of the new position as the cache will give them back; the `lanes` lanes of a head call it together, and all lanes of a warp.
-template <int lanes>
-__device__ __forceinline__ Cached8 round_new(Format f, const float* from) {
-  const float4 a = reinterpret_cast<const float4*>(from)[0], b = reinterpret_cast<const float4*>(from)[1];
-  const float v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
   float max = 0;
-  if (f == Format::q8_0) {
+  if (l.format == Format::q8_0) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) max = fmaxf(max, fabsf(v[i]));
+    for (int e = 0; e < 8; ++e) max = fmaxf(max, fabsf(v[e]));
 #pragma unroll
-    for (int o = lanes / 2; o; o >>= 1) max = fmaxf(max, __shfl_xor_sync(~0u, max, o));
+    for (int o = chunks / 2; o; o >>= 1) max = fmaxf(max, __shfl_xor_sync(~0u, max, o));
   }
-  return to_cached(f, v, max);
+  if (head ? !queries : !there) return;
+  float* to = s.q[head ? vector : 0] + 8 * j;
+  if (!head) {
+    const Cached8 c = to_cached(l.format, v, max);
+    if (t.writes) store_cached8<HD>(l.format, keys + (vector == group_heads ? 0 : l.half_bytes), l.position % 64, j, c);
+    cached_to_float(l.format, c, v);
+    to = (vector == group_heads ? s.keys : s.values)[fresh] + 8 * j;
+  }
+  reinterpret_cast<float4*>(to)[0] = make_float4(v[0], v[1], v[2], v[3]), reinterpret_cast<float4*>(to)[1] = make_float4(v[4], v[5], v[6], v[7]);
 }
 
 /// cos_sin: [2][HD / 2] of the new position, in shared memory.
@@ -206,7 +206,7 @@ __device__ __forceinline__ void attention(const AttentionTask& t, const Attentio
   // lane c chunks c, c + 4, ... Results: a warp has one head, a lane the dims `dim`, `dim` + 32, ...
   constexpr int rounds = step / consumer_warps, mine = chunks / 4, loads = (step * chunks + consumers - 1) / consumers, per_head = consumer_warps / group_heads, columns = HD / (32 * per_head);
   static_assert(columns > 0);
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, head = lane / 4, part = lane % 4, place = thread / chunks, j = thread % chunks, out_head = warp / per_head, dim = warp % per_head * 32 * columns + lane;
+  const int thread = thread_again(), warp = thread / 32, lane = thread % 32, head = lane / 4, part = lane % 4, place = thread / chunks, j = thread % chunks, out_head = warp / per_head, dim = warp % per_head * 32 * columns + lane;
   float o[columns] = {}, m_run = -INFINITY, l_run = 0;
 #pragma unroll 1
   for (int begin = t.begin; begin < t.end; begin += step) {
@@ -232,19 +232,8 @@ __device__ __forceinline__ void attention(const AttentionTask& t, const Attentio
       const int at = place + u * (consumers / chunks);
       if (at < step && at != fresh) stage(&s.keys[at][8 * j], k[u]), stage(&s.values[at][8 * j], v[u]);
     }
-    if (begin == t.begin) {
-      receive_turned<HD>(t, l, s, cos_sin);
-      if (fresh < step) consumer_sync();
-    }
-    if (fresh < step) {  // the same for all threads
-      if (warp == 0) {  // its first lanes have the chunks of a position
-        const Cached8 new_k = round_new<chunks>(l.format, s.k + 8 * j), new_v = round_new<chunks>(l.format, s.v + 8 * j);
-        if (lane < chunks) {
-          stage(&s.keys[fresh][8 * j], new_k), stage(&s.values[fresh][8 * j], new_v);
-          if (t.writes) store_cached8<HD>(l.format, keys, l.position % 64, j, new_k), store_cached8<HD>(l.format, keys + l.half_bytes, l.position % 64, j, new_v);
-        }
-      }
-    }
+    const bool first = begin == t.begin, newest = fresh < step;  // the same for all threads
+    if (first || newest) receive_turned<HD>(t, l, s, cos_sin, first, newest, fresh, keys);
     consumer_sync();
     float4 q[mine][2];
 #pragma unroll
@@ -255,7 +244,6 @@ __device__ __forceinline__ void attention(const AttentionTask& t, const Attentio
 #pragma unroll
     for (int u = 0; u < rounds; ++u) {
       const int at = warp + consumer_warps * u;
-      if (at / 16 * 16 >= n) break;  // nobody looks at these
       float score = 0;
 #pragma unroll
       for (int i = 0; i < mine; ++i) {
@@ -266,27 +254,28 @@ __device__ __forceinline__ void attention(const AttentionTask& t, const Attentio
       if (part == 0) s.score[head][at] = at < n ? score : -INFINITY;
     }
     consumer_sync();
+    // A lane has a position's score; then the warp's lanes have all weights, and a column of the values each.
+    const float score = s.score[out_head][lane];
+    float max = fmaxf(m_run, score);
+#pragma unroll
+    for (int i = 16; i; i >>= 1) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));
+    const float weight = exp2_fast(score - max), rescale = exp2_fast(m_run - max);
+    float* const weights = s.weight[warp];
+    weights[lane] = weight;
+    __syncwarp();
+#pragma unroll
+    for (int c = 0; c < columns; ++c) o[c] *= rescale;
 #pragma unroll 1
-    for (int first = 0; first < n; first += 16) {
-      float e[16], max = m_run, sum = 0;
+    for (int i = 0; i < n; i += 8) {
+      const float4 a = *reinterpret_cast<const float4*>(weights + i), b = *reinterpret_cast<const float4*>(weights + i + 4);
+      const float w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-      for (int i = 0; i < 16; i += 4) {
-        const float4 a = *reinterpret_cast<const float4*>(&s.score[out_head][first + i]);
-        e[i] = a.x, e[i + 1] = a.y, e[i + 2] = a.z, e[i + 3] = a.w;
-        max = fmaxf(fmaxf(max, fmaxf(a.x, a.y)), fmaxf(a.z, a.w));
+      for (int e = 0; e < 8; ++e) {
+#pragma unroll
+        for (int c = 0; c < columns; ++c) o[c] += w[e] * s.values[i + e][dim + 32 * c];
       }
-      const float rescale = exp2_fast(m_run - max);
-#pragma unroll
-      for (int c = 0; c < columns; ++c) o[c] *= rescale;
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const float w = exp2_fast(e[i] - max);
-        sum += w;
-#pragma unroll
-        for (int c = 0; c < columns; ++c) o[c] += w * s.values[first + i][dim + 32 * c];
-      }
-      m_run = max, l_run = l_run * rescale + sum;
     }
+    m_run = max, l_run = l_run * rescale + warp_sum(weight);
   }
   Flagged* const partial = t.partial ? t.partial + out_head * t.partial_stride : nullptr;
 #pragma unroll
@@ -301,7 +290,7 @@ __device__ __forceinline__ void attention(const AttentionTask& t, const Attentio
 /// `from`: [splits][2 + HD].
 template <int HD>
 __device__ __forceinline__ float merge_splits(const Flagged* from, int splits, int word, std::uint32_t round) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int lane = thread_again() % 32;
   float2 v[3] = {{-INFINITY, 0}, {0, 0}, {0, 0}};
   if (lane < splits) {
     const Flagged* const at = from + lane * (HD + 2);

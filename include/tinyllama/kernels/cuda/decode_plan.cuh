@@ -53,6 +53,8 @@ struct DecodePlan {
   struct Offsets { int full, empty, entries, gains, residual, cos_sin, reduce, sums, task, deals, vector, end; } at;  // in shared memory, behind the ring
   int max_splits;                               // of the positions in attention, at most 32
   int uniform;                                  // the format of all products' weights, or -1; f8_e4m3 also where the head is of bf16
+  int window;                                   // slots of a team that are under way at a time
+  int look;                                     // vectors of so many words are read when some of them are there
   bool keep_in_l2 = false;                      // weights that fit there may stay
   // exchange, device memory, zero at first
   decode::Quad *qkv, *attended, *projected, *gated, *down;
@@ -68,6 +70,13 @@ inline constexpr int teams = 4, team_warps = 4, group_rows = 4, max_slots = 16;
 inline constexpr int consumer_warps = teams * team_warps, consumers = 32 * consumer_warps, threads = consumers + 32 * teams;
 inline constexpr int units_at_once = 4;  // groups whose sums a team adds up at once
 
+/// threadIdx.x, read anew: what is worked out from it is then not kept over the layers. Registers are scarce, and what does not fit lies in local memory, for which shared
+/// memory leaves L1 no room.
+__device__ __forceinline__ int thread_again() {
+  int t;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+  return t;
+}
 /// All consumer threads of a block.
 __device__ __forceinline__ void consumer_sync() { asm volatile("bar.sync 1, %0;" ::"n"(consumers) : "memory"); }
 __device__ __forceinline__ void team_sync(int team) { asm volatile("bar.sync %0, %1;" ::"r"(2 + team), "n"(32 * team_warps) : "memory"); }

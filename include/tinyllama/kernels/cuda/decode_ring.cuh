@@ -32,6 +32,8 @@ __device__ __forceinline__ void produce(const DecodePlan& p, const Entry* table,
     const std::uint32_t to = ring + slot * p.slot_bytes + lane * bytes;
     const unsigned size = one ? rows * bytes : bytes;
     barrier_wait(empty + 8 * slot, parity);
+    const int before = slot - p.window;
+    barrier_wait(full + 8 * (before < 0 ? before + p.slots : before), before < 0 ? parity : parity ^ 1);
     if (lane == 0) barrier_expect(barrier, rows * bytes);
     __syncwarp();
     if (lane < (one ? 1 : rows)) {

@@ -22,6 +22,8 @@ struct QuantisedVector {
 __host__ __device__ constexpr index_t quantised_vector_bytes(index_t columns) { return (columns / 32 * 40 + 15) / 16 * 16; }
 
 /// Four neighbouring columns (4 i ... 4 i + 3) into that form; the 8 lanes of a block of 32 call it together, and all lanes of a warp do.
+/// Without `with_sums` for formats that have no min: they do not read the sum.
+template <bool with_sums = true>
 __device__ __forceinline__ void quantise4(std::byte* to, int nb, int i, float4 v, bool valid = true) {
   const auto larger = [](float a, float b) {  // a NaN stays: its block shall become one
     float r;
@@ -34,9 +36,12 @@ __device__ __forceinline__ void quantise4(std::byte* to, int nb, int i, float4 v
   const float inverse = max > 4e-37f ? __fdividef(127.0f, max) : 0.0f, d = max * (1.0f / 127.0f);
   const int a = __float2int_rn(v.x * inverse), b = __float2int_rn(v.y * inverse), c = __float2int_rn(v.z * inverse), e = __float2int_rn(v.w * inverse);
   const int code = static_cast<int>(__byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, e, 0x0040), 0x5410));
-  int sum = __dp4a(code, 0x01010101, 0);
+  int sum = 0;
+  if constexpr (with_sums) {
+    sum = __dp4a(code, 0x01010101, 0);
 #pragma unroll
-  for (int o = 4; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
+    for (int o = 4; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
+  }
   if (!valid) return;
   const int block = i >> 3, word = i & 7;
   reinterpret_cast<int*>(to + (word >> 2) * 16 * nb + 16 * block)[word & 3] = code;
