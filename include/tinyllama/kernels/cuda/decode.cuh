@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(threads, 1) decode_kernel(const __grid_constan
   __shared__ unsigned short piece_bytes[16];
   const DecodePlan::Offsets& at = p.at;
   const DecodeModel& m = p.model;
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, team = warp / team_warps, member = warp % team_warps;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, team = warp / team_warps;
   Entry* const table = reinterpret_cast<Entry*>(memory + at.entries);
   const float** const gains = reinterpret_cast<const float**>(memory + at.gains);
   const std::uint32_t full = shared_address(memory + at.full), empty = shared_address(memory + at.empty);
