@@ -116,6 +116,7 @@ class CudaTraining {
   const std::uint8_t* weights_8(Fp8Matrix& m, const Fp8Weights<A>& w, bool transposed);
   const float* inverse(int scale) const;
   /// By a scale for what the step before has seen; in the step `first` (0: not yet) by one for all that it has seen so far, this x included.
+  void rescale(int only = -1);  // the scales, or one, for what was seen
   void quantise(M<const A> x, bool gradient, std::uint8_t* q, std::uint8_t* transposed, int scale, std::uint64_t& first);
   std::uint8_t* place(std::unique_ptr<cuda::PoolMemory>& memory, index_t bytes);
   std::map<const void*, Fp8Matrix> fp8_;

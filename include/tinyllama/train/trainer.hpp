@@ -15,6 +15,7 @@
 #include "tinyllama/device/cpu.hpp"
 #include "tinyllama/model/gradient.hpp"
 #include "tinyllama/model/model.hpp"
+#include "tinyllama/train/batch_rows.hpp"
 #include "tinyllama/train/flat_model.hpp"
 #include "tinyllama/train/initialise.hpp"
 #include "tinyllama/train/learned_arrays.hpp"
@@ -52,12 +53,12 @@ class Trainer {
   /// One optimizer step on B rows of T tokens: `inputs` and `targets` [B, T], where a target is the next id, or below 0 where it does not
   /// count. Returns the mean loss. Throws Error for an id outside the vocabulary, or where no target counts.
   float step(std::span<const std::int32_t> inputs, std::span<const std::int32_t> targets) {
-    check_batch(inputs, targets);
-    const std::int64_t count = total(counted(targets));
-    check_counted(count, inputs);
-    begin_step(peers_ ? micro_batches(inputs.size()) : -1);
+    rows_.check(inputs, targets);
+    const std::int64_t count = total(BatchRows::counted(targets));
+    BatchRows::check_counted(count, inputs);
+    begin_step(peers_ ? rows_.micro_batches(inputs.size()) : -1);
     each_micro(inputs, targets, [&](auto in, auto out) {
-      if (peers_ || counted(out) > 0) accumulate(in, out, 1.0f / static_cast<float>(count));
+      if (peers_ || BatchRows::counted(out) > 0) accumulate(in, out, 1.0f / static_cast<float>(count));
     });
     return end_step(count);
   }
@@ -86,7 +87,7 @@ class Trainer {
 
   /// Adds a micro-batch: the gradient of weight x (sum of the losses), of rows of T tokens as in step(), or of any sequences.
   void accumulate(std::span<const std::int32_t> inputs, std::span<const std::int32_t> targets, float weight) {
-    rows_as_sequences(inputs.size());
+    rows_.as_sequences(inputs.size(), sequences_);
     accumulate(inputs, targets, std::span<const Sequence>(sequences_), weight);
   }
   void accumulate(std::span<const std::int32_t> inputs, std::span<const std::int32_t> targets, std::span<const Sequence> batch, float weight) {
@@ -95,8 +96,8 @@ class Trainer {
   }
   /// The same with a weight for each row, [T]: what preference losses need.
   void accumulate(std::span<const std::int32_t> inputs, std::span<const std::int32_t> targets, std::span<const Sequence> batch, std::span<const float> weights) {
-    check_batch(inputs, targets);
-    if (!peers_) check_counted(counted(targets), inputs);
+    rows_.check(inputs, targets);
+    if (!peers_) BatchRows::check_counted(BatchRows::counted(targets), inputs);
     if (sharding() == Sharding::fsdp && passes_ < 0) throw Error("trainer", "begin_step", "the number of passes, for fsdp", "none given");
     ++accumulated_;
     start(inputs, targets, batch, weights, true);
@@ -175,12 +176,12 @@ class Trainer {
 
   /// The loss of each target, [B T]; 0 where it does not count. Valid until the next call.
   std::span<const float> losses(std::span<const std::int32_t> inputs, std::span<const std::int32_t> targets) {
-    rows_as_sequences(inputs.size());
+    rows_.as_sequences(inputs.size(), sequences_);
     return losses(inputs, targets, sequences_);
   }
   std::span<const float> losses(std::span<const std::int32_t> inputs, std::span<const std::int32_t> targets, std::span<const Sequence> batch) {
-    check_batch(inputs, targets);
-    if (!peers_) check_counted(counted(targets), inputs);
+    rows_.check(inputs, targets);
+    if (!peers_) BatchRows::check_counted(BatchRows::counted(targets), inputs);
     start(inputs, targets, batch, {}, false);
     pass_.forward(arrays_.learned(), batch);
     return pass_.losses(arrays_.learned());
@@ -188,11 +189,11 @@ class Trainer {
   /// Mean loss over the targets that count. Collective; a rank may have no rows.
   float evaluate(std::span<const std::int32_t> inputs, std::span<const std::int32_t> targets) {
     double sum = 0;
-    const std::int64_t count = total(counted(targets)), mine = micro_batches(inputs.size());
+    const std::int64_t count = total(BatchRows::counted(targets)), mine = rows_.micro_batches(inputs.size());
     const bool gathers = sharding() == Sharding::fsdp;
     const std::int64_t all = gathers ? most(mine) : mine;
     each_micro(inputs, targets, [&](auto in, auto out) {
-      if (counted(out) == 0 && !gathers) return;
+      if (BatchRows::counted(out) == 0 && !gathers) return;
       for (const float l : losses(in, out)) sum += static_cast<double>(l);
     });
     for (std::int64_t n = mine; n < all; ++n) losses(padding_ids_, padding_targets_, padding_sequence_);
@@ -298,7 +299,7 @@ class Trainer {
  private:
   Trainer(D& dev, const TrainerOptions& options, const C& config, Peers<D>* peers, int)
       : dev_(&dev), options_(detail::checked<D>(options, config, peers ? peers->sharding() : Sharding::none)), config_(config), peers_(peers), arrays_(dev, config_, options_, peers), pass_(dev),
-        sums_(dev, sizeof(StepSums)) {
+        rows_{options_.tokens, options_.micro_rows, config_.context, config_.vocab}, sums_(dev, sizeof(StepSums)) {
     dev_->zero(sums(), sizeof(StepSums));
     if (options_.lora) arrays_.put_learned(initial_adapters(config_, *options_.lora));
   }
@@ -379,52 +380,16 @@ class Trainer {
     peers_->sum_on_device({&sums()->loss, arrays_.owns_all() ? std::size_t{1} : std::size_t{2}});
   }
   void squares(std::span<const float> gradient) { add_squares(*dev_, sums(), gradient.data(), static_cast<index_t>(gradient.size())); }
+  /// A rank may have no rows.
+  template <class F>
+  void each_micro(std::span<const std::int32_t> inputs, std::span<const std::int32_t> targets, F&& f) const {
+    if (!peers_ || !inputs.empty()) rows_.each_micro(inputs, targets, f);
+  }
   std::int64_t most(std::int64_t mine) {
     double n = static_cast<double>(mine);
     peers_->most({&n, 1});
     return static_cast<std::int64_t>(n);
   }
-
-  index_t row_tokens(std::size_t size) const {
-    const auto n = static_cast<index_t>(size), tokens = options_.tokens > 0 ? options_.tokens : std::min<index_t>(config_.context, n);
-    if (n == 0 || n % tokens) throw Error("trainer", "inputs", "rows of " + std::to_string(tokens) + " tokens", std::to_string(n));
-    return tokens;
-  }
-  std::int64_t micro_batches(std::size_t size) const {
-    if (size == 0) return 0;
-    const index_t rows = static_cast<index_t>(size) / row_tokens(size), micro = options_.micro_rows > 0 ? options_.micro_rows : rows;
-    return (rows + micro - 1) / micro;
-  }
-  /// f(inputs, targets) for each micro-batch of whole rows.
-  template <class F>
-  void each_micro(std::span<const std::int32_t> inputs, std::span<const std::int32_t> targets, F&& f) const {
-    if (peers_ && inputs.empty()) return;
-    const auto tokens = static_cast<std::size_t>(row_tokens(inputs.size()));
-    const std::size_t micro = options_.micro_rows > 0 ? static_cast<std::size_t>(options_.micro_rows) * tokens : inputs.size();
-    for (std::size_t at = 0; at < inputs.size(); at += micro) {
-      const std::size_t n = std::min(micro, inputs.size() - at);
-      f(inputs.subspan(at, n), targets.subspan(at, n));
-    }
-  }
-  void rows_as_sequences(std::size_t size) {
-    const index_t tokens = row_tokens(size);
-    sequences_.clear();
-    for (index_t r = 0; r < static_cast<index_t>(size); r += tokens) sequences_.push_back({r, tokens, 0, nullptr});
-  }
-  void check_batch(std::span<const std::int32_t> inputs, std::span<const std::int32_t> targets) const {
-    if (inputs.size() != targets.size()) throw Error("trainer", "targets", std::to_string(inputs.size()) + ", as inputs", std::to_string(targets.size()));
-    const auto outside = [&](std::string_view what, std::size_t i, std::int32_t id) {
-      throw Error("trainer", std::string(what) + " at " + std::to_string(i), "an id below " + std::to_string(config_.vocab), std::to_string(id));
-    };
-    for (std::size_t i = 0; i < inputs.size(); ++i) {
-      if (inputs[i] < 0 || inputs[i] >= config_.vocab) outside("input", i, inputs[i]);
-      if (targets[i] >= config_.vocab) outside("target", i, targets[i]);
-    }
-  }
-  static void check_counted(std::int64_t count, std::span<const std::int32_t> inputs) {
-    if (count == 0) throw Error("trainer", "targets", "at least one that counts", inputs.empty() ? "none at all" : "only such as do not");
-  }
-  static std::int64_t counted(std::span<const std::int32_t> targets) { return std::count_if(targets.begin(), targets.end(), [](std::int32_t t) { return t >= 0; }); }
 
   D* dev_;
   TrainerOptions options_;
@@ -433,6 +398,7 @@ class Trainer {
   LearnedArrays<C, D> arrays_;
   TrainingPass<C, D> pass_;
   std::optional<Cpu> host_threads_;
+  BatchRows rows_;
   std::vector<Sequence> sequences_;
   std::vector<float> row_weights_;
   Memory<D> sums_;                    // StepSums

@@ -389,8 +389,7 @@ inline bool make_decode_plan(DecodePlan& plan, const DecodeModel& model, const D
   for (plan.slots = decode::max_slots; plan.slots > 0; --plan.slots)
     if ((plan.at = decode::shared_offsets(plan, sizeof(decode::AttentionTask))).end <= shared) break;
   if (plan.slots < 2) return false;
-  // What is under way stands in line before the vectors that blocks exchange: a slot of each team (32 KiB a block) keeps the memory busy and the line short. With all slots asked for as
-  // early as they are free, q4_0 takes some 60 us a token more, bf16 120.
+  // What is under way stands in line before the vectors that blocks exchange: a slot of each team (32 KiB a block) keeps the memory busy and the line short.
   plan.window = std::min(plan.slots, std::max(1, 16384 / (decode::teams * slot)));
   plan.look = plan.as_int8[0] ? 0 : 1200;
   const int chunks = (q / kv + decode::group_heads - 1) / decode::group_heads;
