@@ -163,14 +163,18 @@ const Cache& cache(Format f) {
   return *last;
 }
 
-void prefill(benchmark::State& state, Format f) {
+void prefill(benchmark::State& state, Format f, Compute compute) {
   const index_t t = state.range(0);
   const Cache& c = cache(f);
+  CacheShape shape = c.shape;
+  shape.compute = compute;
+  const bool bf16 = compute == Compute::bf16 && dev->kernels().bf16_dot && limits.bf16_dot.best > 0;
   const Floats q(t * hidden, 1.0f), out(t * hidden);
   const Sequence s{0, t, 0, c.pages.data()};
   // q k^T and p v over the lower triangle, 2 operations a product each.
   const double operations = 4.0 * static_cast<double>(hidden) * static_cast<double>(t * (t + 1) / 2);
-  measure(state, 0, operations, limits.f32_fma.best, [&](index_t i) { dev->attention(out.view(t, hidden), q.view(t, hidden), c.shape, i % layers, {&s, 1}); });
+  measure(state, 0, operations, (bf16 ? limits.bf16_dot : limits.f32_fma).best,
+          [&](index_t i) { dev->attention(out.view(t, hidden), q.view(t, hidden), shape, i % layers, {&s, 1}); });
 }
 void decode(benchmark::State& state, Format f) {
   const index_t length = state.range(0);
@@ -209,7 +213,8 @@ void register_all() {
   for (const Format f : {Format::f16, Format::f32}) {
     const std::string name(info(f).name);
     add("store_kv<" + name + ">/T", [f](benchmark::State& s) { store_kv(s, f); }, {{1}, {512}});
-    add("attention_prefill<" + name + ">/T", [f](benchmark::State& s) { prefill(s, f); }, {{512}, {2048}});
+    add("attention_prefill<" + name + ">/T", [f](benchmark::State& s) { prefill(s, f, Compute::bf16); }, {{512}, {2048}});
+    add("attention_prefill<" + name + ", computed in f32>/T", [f](benchmark::State& s) { prefill(s, f, Compute::f32); }, {{512}, {2048}});
     add("attention_decode<" + name + ">/length", [f](benchmark::State& s) { decode(s, f); }, {{512}, {2048}});
   }
   for (const Format f : {Format::bf16, Format::q6_K})

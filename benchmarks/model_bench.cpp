@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 
@@ -20,6 +21,7 @@ namespace {
 
 tl::bench::Limits limits;
 tl::Format cache = tl::LoadOptions().cache;
+tl::index_t chunk = 0;  // tokens of a step of prefill; 0: the device's own
 
 template <class D>
 struct Loaded {
@@ -43,19 +45,29 @@ std::vector<std::int32_t> ids(tl::index_t n, int vocab) {
 }
 
 template <class D>
+tl::index_t step_tokens() { return tl::prefill_chunk<D>(chunk); }
+
+/// What an iteration computes and reads of the weights: a point for roofline.py.
+template <class D>
+void rates(benchmark::State& state, const Loaded<D>& m, double flops, tl::index_t passes) {
+  state.counters["GFLOP/s"] = benchmark::Counter(flops * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["GB/s"] = benchmark::Counter(static_cast<double>(m.read_bytes) * static_cast<double>(passes) * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
+}
+
+template <class D>
 void prefill(benchmark::State& state, Loaded<D>& m, tl::index_t n) {
   auto session = m.model.start();
   const auto prompt = ids(n, m.file.config.vocab);
   for (auto _ : state) {
     session.truncate(0);
-    benchmark::DoNotOptimize(session.prefill(prompt).data());
+    benchmark::DoNotOptimize(session.prefill(prompt, {.chunk = chunk}).data());
   }
   state.counters["tokens/s"] = benchmark::Counter(static_cast<double>(n), benchmark::Counter::kIsIterationInvariantRate);
   const double flops = static_cast<double>(n) * (2.0 * static_cast<double>(tl::matmul_parameter_count(m.file.config)) -
                                                  2.0 * m.file.config.vocab * m.file.config.hidden +
                                                  2.0 * m.file.config.layers * m.file.config.hidden * static_cast<double>(n)) +
                        2.0 * m.file.config.vocab * m.file.config.hidden;
-  state.counters["GFLOP/s"] = benchmark::Counter(flops * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
+  rates(state, m, flops, (n + step_tokens<D>() - 1) / step_tokens<D>());
 }
 
 /// Seconds to read as many bytes of the weights as a step reads, with the same threads; on a card, to copy half of them, which moves as many.
@@ -110,6 +122,9 @@ void decode(benchmark::State& state, Loaded<D>& m, tl::index_t position, std::si
   std::sort(shares.begin(), shares.end());
   state.counters["tokens/s"] = benchmark::Counter(static_cast<double>(batch), benchmark::Counter::kIsIterationInvariantRate);
   state.counters["share_of_read"] = shares[shares.size() / 2];
+  rates(state, m,
+        static_cast<double>(batch) * (2.0 * static_cast<double>(tl::matmul_parameter_count(m.file.config)) +
+                                      4.0 * m.file.config.layers * m.file.config.hidden * static_cast<double>(position + 1)), 1);
 }
 
 /// The same at batch 1 with the choice of the token left to the device: 64 tokens a call.
@@ -181,6 +196,7 @@ int main(int argc, char** argv) {
     if (std::strncmp(argv[i], "--model=", 8) == 0) models.emplace_back(argv[i] + 8);
     else if (std::strncmp(argv[i], "--device=", 9) == 0) device = argv[i] + 9;
     else if (std::strncmp(argv[i], "--cache=", 8) == 0) cache = tl::parse_format(argv[i] + 8);
+    else if (std::strncmp(argv[i], "--chunk=", 8) == 0) chunk = std::atoi(argv[i] + 8);
     else argv[kept++] = argv[i];
   }
   argc = kept;
@@ -190,7 +206,7 @@ int main(int argc, char** argv) {
   known = known || device == "cuda";
 #endif
   if (models.empty() || !known) {
-    std::fprintf(stderr, "usage: model_bench [--device=cpu|cuda (where built with CUDA)] --model=PATH [--model=PATH ...] [--cache=f16] [--benchmark_...]\n");
+    std::fprintf(stderr, "usage: model_bench [--device=cpu|cuda (where built with CUDA)] --model=PATH [--model=PATH ...] [--cache=f16] [--chunk=512] [--benchmark_...]\n");
     return 2;
   }
   std::vector<std::shared_ptr<void>> loaded;

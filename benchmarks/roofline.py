@@ -84,13 +84,13 @@ def point_of(run):
         form, in_f32, rows = m[1], m[2], arguments[0]
         kind = "int8" if form.startswith("q") and not in_f32 else "bf16" if form == "bf16" and rows > 1 and not in_f32 else "f32"
         return Point(kind, f"{form}{' in f32' if in_f32 else ''}, {rows_text(rows)}", gflops / gbytes, gflops)
-    if m := re.match(r"attention_(prefill|decode)<(\w+)>", name):
+    if m := re.match(r"attention_(prefill|decode)<(\w+)(, computed in f32)?>", name):
         length = arguments[0]
         if m[1] == "prefill" and gflops > 0:
             operations = 2.0 * HIDDEN * length * (length + 1)
             size = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32}.get(m[2])
             moved = length * (2 * KV_WIDTH * size + 2 * HIDDEN * 4) if size else 0  # the cache, queries and results
-            return Point("attention", f"prefill of {length}, {m[2]}", operations / moved, gflops) if moved else None
+            return Point("attention", f"prefill of {length}, {m[2]}{' in f32' if m[3] else ''}", operations / moved, gflops) if moved else None
         return Point("attention", f"decode at {length}, {m[2]}", gflops / gbytes, gflops) if gflops > 0 and gbytes > 0 else None
     if (m := re.match(r"(\w+)\[", name)) and m[1] in PER_BYTE and gbytes > 0:
         layout = " interleaved" if m[1] == "rope" and arguments[1:] == [1] else ""

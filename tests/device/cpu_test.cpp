@@ -271,6 +271,14 @@ TEST_CASE("matmul: three matrices of mixed formats, as QKV in a Q4_K_M file") {
   }
 }
 
+TEST_CASE("matmul: so many rows that each thread begins with some of its own") {
+  for (const index_t m : {256, 257, 517}) {
+    check_matmul(Weights({{Format::q4_0, 133}, {Format::q6_K, 20}}, 512), m);
+    check_matmul(Weights({{Format::q8_0, 70}, {Format::bf16, 30}, {Format::f32, 7}}, 288), m);
+    check_matmul(Weights({{Format::bf16, 70}}, 64), m);
+  }
+}
+
 TEST_CASE("matmul: odd columns") {
   for (const index_t m : {1, 2, 9})
     for (const index_t k : {1, 3, 255, 1025}) check_matmul(Weights({{Format::f32, 50}, {Format::f16, 17}, {Format::bf16, 34}}, k), m);
@@ -358,7 +366,7 @@ TEST_CASE("attention by products of bf16: prefill in blocks, decoding beside it"
 TEST_CASE("operations by rows: strided views, the same bits for any number of threads") {
   Random random(8);
   const Kernels& kernels = devices()[0]->kernels();
-  for (const index_t rows : {0, 1, 2, 7, 200})
+  for (const index_t rows : {0, 1, 2, 7, 200, 517})
     for (const index_t n : {1, 96, 2048}) {
       CAPTURE(rows);
       CAPTURE(n);

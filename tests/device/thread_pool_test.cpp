@@ -27,6 +27,19 @@ TEST_CASE("every index once, for 1 to 8 threads") {
   }
 }
 
+TEST_CASE("a job that asks is told which worker runs it, and no two at once are the same") {
+  ThreadPool pool(3);
+  std::vector<std::atomic<int>> inside(3), seen(1000);
+  std::atomic<bool> wrong{false};
+  pool.run(1000, [&](index_t i, int worker) {
+    if (worker < 0 || worker >= 3 || inside[static_cast<std::size_t>(worker)].fetch_add(1) != 0) wrong = true;
+    else inside[static_cast<std::size_t>(worker)].fetch_sub(1);
+    seen[static_cast<std::size_t>(i)].fetch_add(1);
+  });
+  CHECK_FALSE(wrong);
+  for (const auto& s : seen) REQUIRE(s == 1);
+}
+
 TEST_CASE("a pool of fewer than one thread is the caller alone") {
   ThreadPool pool(0);
   CHECK(pool.size() == 1);

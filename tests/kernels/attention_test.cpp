@@ -167,7 +167,7 @@ TEST_CASE("attention to a range of positions, as the parts of a split sequence")
         for (const index_t tokens : {1, 3}) check_attention(kernels, {Format::f16, 32, 4, tokens, 511, begin, end});
     // Of three tokens at 255, 256, 257 the first sees nothing of the range that begins at 256.
     check_attention(kernels, {Format::f32, 16, 1, 3, 255, 256, 258});
-    check_attention(kernels, {Format::f32, 16, 5, 3, 255, 256, 258});
+    for (const bool narrow : {false, true}) check_attention(kernels, {Format::f32, 16, 5, 3, 255, 256, 258}, narrow);
   });
 }
 

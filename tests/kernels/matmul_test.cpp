@@ -127,7 +127,7 @@ void check_int8(const Kernels& kernels, const TestMatrix& w, const Activations& 
   if (a.m <= kernels.int8_stream_rows) return check_matmul(kernels.matmul_int8, reference::matmul_int8, w, a);
   const Columns columns(a.x.data(), a.ldx, a.m, w.k);
   MatmulTask t{};
-  t.w = w.packed.data(), t.format = w.format, t.m = a.m, t.n = w.n, t.k = w.k, t.ldy = w.n + 5, t.x_columns = columns.columns.data();
+  t.w = w.packed.data(), t.format = w.format, t.m = a.m, t.n = w.n, t.k = w.k, t.ldy = w.n + 5, t.x_columns = columns.columns.data(), t.columns_stride = a.m;
   std::vector<float> expected(static_cast<std::size_t>(a.m * t.ldy), canary);
   std::vector<double> bound(expected.size(), 0.0);
   for (index_t j = 0; j < w.n; ++j) {
@@ -262,7 +262,7 @@ TEST_CASE("matmul_int8 in tiles: what is cut off adds up to nothing") {
       const Columns columns(a.x.data(), a.ldx, a.m, w.k);
       std::vector<float> y(static_cast<std::size_t>(a.m * w.n));
       MatmulTask t{};
-      t.w = w.packed.data(), t.format = w.format, t.m = a.m, t.n = w.n, t.k = w.k, t.y = y.data(), t.ldy = w.n, t.x_columns = columns.columns.data();
+      t.w = w.packed.data(), t.format = w.format, t.m = a.m, t.n = w.n, t.k = w.k, t.y = y.data(), t.ldy = w.n, t.x_columns = columns.columns.data(), t.columns_stride = a.m;
       if (a.m <= kernels.int8_stream_rows) continue;
       kernels.matmul_int8(t, 0, 2);
       double sum = 0, size = 0;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -206,10 +207,37 @@ class Cpu {
   // Panels [first, last) of `from` to their place in `to`.
   static void pack_panels(std::byte* to, const Matrix& from, index_t first, index_t last);
 
+  // Many rows in blocks, one for each thread to begin with, so that from one operation to the next a thread finds its rows in its own second-level cache: what two
+  // threads lose beside two processes of one each (Zen 5, q4_0, 512 rows in three rounds: 677 to 713 tokens/s without, 689 to 724 with, 673 to 716 by two
+  // processes). Blocks begin at whole tiles of products, or sums would depend on how many there are.
+  static constexpr index_t most_blocks = 64;
+  index_t row_blocks(index_t rows) const { return std::clamp<index_t>(rows / 128, 1, std::min<index_t>(threads(), most_blocks)); }
+  static constexpr index_t block_row(index_t rows, index_t blocks, index_t block) { return block < blocks ? rows * block / blocks / 24 * 24 : rows; }
+
+  // f(block, unit) for each of the units of each block.
+  template <class F>
+  void in_blocks(index_t blocks, index_t units, F&& f) const {
+    std::array<std::atomic<index_t>, most_blocks> next{};
+    pool_->run(units * blocks, [&](index_t, int worker) {
+      for (index_t i = 0; i < blocks; ++i) {
+        const index_t block = (worker + i) % blocks, unit = next[static_cast<std::size_t>(block)].fetch_add(1, std::memory_order_relaxed);
+        if (unit < units) return f(block, unit);
+      }
+    });
+  }
+
   // A row each; small work stays on the caller's thread, where a fork would cost more.
   template <class F>
   void rows(index_t count, index_t length, F&& f) const {
-    parallel_for(count, std::max<index_t>(1, 8192 / std::max<index_t>(1, length)), [&](index_t begin, index_t end) {
+    const index_t grain = std::max<index_t>(1, 8192 / std::max<index_t>(1, length)), blocks = row_blocks(count);
+    if (blocks == 1)
+      return parallel_for(count, grain, [&](index_t begin, index_t end) {
+        for (index_t t = begin; t < end; ++t) f(t);
+      });
+    index_t most = 0;
+    for (index_t b = 0; b < blocks; ++b) most = std::max(most, block_row(count, blocks, b + 1) - block_row(count, blocks, b));
+    in_blocks(blocks, (most + grain - 1) / grain, [&](index_t block, index_t unit) {
+      const index_t begin = block_row(count, blocks, block) + unit * grain, end = std::min(begin + grain, block_row(count, blocks, block + 1));
       for (index_t t = begin; t < end; ++t) f(t);
     });
   }

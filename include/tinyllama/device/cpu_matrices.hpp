@@ -80,7 +80,7 @@ TINYLLAMA_COMPILED void Cpu::matmul(View<float, dyn, dyn> y, View<const float, d
     float *sum32 = scale + um * uk / 32, *sum16 = sum32 + um * uk / 32;
     task.x_q8 = q, task.x_scale = scale, task.x_sum32 = sum32, task.x_sum16 = sum16;
     auto* columns = reinterpret_cast<Int8Columns*>(s);
-    task.x_columns = columns;
+    task.x_columns = columns, task.columns_stride = m;
     rows(m, k, [&](index_t i) {
       if (m > kernels_->int8_stream_rows) kernels_->quantise_columns(columns + i, m, at(x, i), k);
       else kernels_->quantise_activations(q + i * k, scale + i * k / 32, sum32 + i * k / 32, sum16 + i * k / 16, at(x, i), k);
@@ -134,29 +134,41 @@ TINYLLAMA_COMPILED void Cpu::matmul(View<float, dyn, dyn> y, View<const float, d
     share.units += std::max<index_t>(0, share.panels - share.units * share.lead + share.grain - 1) / share.grain;
     units += share.units;
   }
-  const auto run = [&](index_t unit, std::byte* panels) {
+  const index_t blocks = any_int8 && !panels_bytes && m > std::max(streamed_rows, kernels_->int8_stream_rows) ? row_blocks(m) : 1;
+  const auto run = [&](index_t unit, std::byte* panels, index_t block) {
     std::size_t i = 0;
     while (unit >= shares[i].units) unit -= shares[i++].units;
     const Share& share = shares[i];
     const index_t rest = unit - threads(), first = rest < 0 ? unit * share.lead : threads() * share.lead + rest * share.grain;
     const index_t last = std::min(share.panels, first + (rest < 0 ? share.lead : share.grain));
-    if (share.matrix.packed) return share.kernel(share.task, first, last);
-    const index_t row = first * panel_rows;
+    if (share.matrix.packed) {
+      if (blocks == 1) return share.kernel(share.task, first, last);
+      MatmulTask some = share.task;
+      const index_t row = block_row(m, blocks, block);
+      some.m = block_row(m, blocks, block + 1) - row, some.y += row * some.ldy;
+      if (some.x_columns) some.x_columns += row;
+      if (some.x_bf16) some.x_bf16 += row * some.ldx;
+      else some.x += row * some.ldx;
+      return share.kernel(some, first, last);
+    }
+    const index_t row_of_w = first * panel_rows;
     Matrix some = share.matrix;
-    some.rows = std::min(some.rows - row, (last - first) * panel_rows);
-    some.data += static_cast<std::size_t>(row) * row_bytes(some.format, k);
+    some.rows = std::min(some.rows - row_of_w, (last - first) * panel_rows);
+    some.data += static_cast<std::size_t>(row_of_w) * row_bytes(some.format, k);
     pack_panels(panels, some, 0, last - first);
     MatmulTask t = share.task;
-    t.w = panels, t.n = some.rows, t.y += row;
+    t.w = panels, t.n = some.rows, t.y += row_of_w;
     share.kernel(t, 0, last - first);
   };
   std::byte* panels = s + q8_bytes + bf16_bytes + pad_bytes;
   if (m * k * w.rows() < 32768) {  // the tiny models of tests: a fork would cost more than the product
-    for (index_t u = 0; u < units; ++u) run(u, panels);
+    for (index_t u = 0; u < units * blocks; ++u) run(u % units, panels, u / units);
+  } else if (blocks > 1) {
+    in_blocks(blocks, units, [&](index_t block, index_t unit) { run(unit, nullptr, block); });
   } else if (panels_bytes == 0) {
-    pool_->run(units, [&](index_t u) { run(u, nullptr); });
+    pool_->run(units, [&](index_t u) { run(u, nullptr, 0); });
   } else {
-    parallel_units(units, [&](index_t u, index_t worker) { run(u, panels + static_cast<std::size_t>(worker) * panels_bytes); });
+    parallel_units(units, [&](index_t u, index_t worker) { run(u, panels + static_cast<std::size_t>(worker) * panels_bytes, 0); });
   }
   column = 0;
   for (int i = 0; i < w.parts; ++i) {

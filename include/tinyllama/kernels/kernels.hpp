@@ -31,7 +31,8 @@ struct MatmulTask {
   index_t ldx;
   const std::int8_t* x_q8;   // matmul_int8, up to int8_stream_rows rows: [m, k] with a scale and a sum for each 32 columns, and a sum for each 16
   const float *x_scale, *x_sum32, *x_sum16;
-  const Int8Columns* x_columns;  // matmul_int8, more rows: [k / 256, rounded up][m]
+  const Int8Columns* x_columns;  // matmul_int8, more rows: [k / 256, rounded up][columns_stride], of which the first m
+  index_t columns_stride;
 };
 
 /// Positions a page of the KV cache holds. K lies [head_dim][page_tokens] (lanes are positions), V [page_tokens][head_stride]; in q8_0 as codes

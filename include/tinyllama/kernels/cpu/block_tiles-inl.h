@@ -282,7 +282,7 @@ void Int8Panels(const MatmulTask& t, const BlockFormat& f, index_t first, index_
         const auto ask = [&](index_t line) {
           for (int i = 0; i < int8_panels; ++i) hwy::Prefetch(next + i * panel_bytes + line * 64);
         };
-        const Int8Columns* x = t.x_columns + k0 / chunk * t.m + row;
+        const Int8Columns* x = t.x_columns + k0 / chunk * t.columns_stride + row;
         const bool done = k0 + kc == t.k && columns == width;
         float* to = done ? y : sums;
         const index_t ld = done ? t.ldy : width;

@@ -18,7 +18,9 @@ namespace {
 template <class E>
 HWY_INLINE void PairRows(const E* a, const E* b, bf16* to) {
   const D d;
-  hn::StoreU(RoundedPairs(Widen(d, a), b ? Widen(d, b) : hn::Zero(d)), DU(), reinterpret_cast<std::uint32_t*>(to));
+  alignas(64) static constexpr std::uint16_t order[] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512bh both = _mm512_cvtne2ps_pbh((b ? Widen(d, b) : hn::Zero(d)).raw, Widen(d, a).raw);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)both));
 }
 
 /// y [rows, panels x 16] (+)= x [rows, k] b^T
@@ -37,13 +39,60 @@ HWY_INLINE void PrefillProduct(const bf16* x, index_t ldx, const bf16* b, index_
   }
 }
 
+/// How many keys of the page from position p0 on a row sees.
+HWY_INLINE index_t Seen(const AttentionTask& t, index_t row, index_t p0) {
+  const index_t own = t.position + row / t.group + 1, until = own < t.end ? own : t.end;
+  return until < p0 ? 0 : until - p0 < page_tokens ? until - p0 : page_tokens;
+}
+
+/// Of R rows from `first` on: weights = exp(scale s - max) in bf16, with max, sum and o brought to the new maximum. Several rows at a time, because one is a
+/// chain of two sums over lanes. Each sees a key at least, of this page or one before.
+template <int R, class E>
+HWY_INLINE void SoftmaxRows(const AttentionTask& t, const E* page_k, const E* page_v, const float* s, bf16* weights, index_t first, index_t p0) {
+  constexpr int panels = page_tokens / 16;
+  const D d;
+  const index_t hd = t.head_dim, stride = head_stride(hd);
+  V x[R][panels];
+  float max[R];
+  TINYLLAMA_UNROLL for (int i = 0; i < R; ++i) {
+    const index_t seen = Seen(t, first + i, p0);
+    TINYLLAMA_UNROLL for (int p = 0; p < panels; ++p) {
+      x[i][p] = hn::Mul(hn::Load(d, s + (first + i) * page_tokens + 16 * p), hn::Set(d, t.scale));
+      if constexpr (has_scales<E>) x[i][p] = hn::Mul(x[i][p], hn::LoadU(d, PageScales(page_k, hd) + 16 * p));
+    }
+    if (seen < page_tokens)  // behind them lies anything
+      TINYLLAMA_UNROLL for (int p = 0; p < panels; ++p)
+        x[i][p] = hn::IfThenElse(hn::Lt(hn::Iota(d, static_cast<float>(16 * p)), hn::Set(d, static_cast<float>(seen))), x[i][p],
+                                 hn::Set(d, -std::numeric_limits<float>::infinity()));
+    const float found = hn::GetLane(hn::MaxOfLanes(d, hn::Max(hn::Max(x[i][0], x[i][1]), hn::Max(x[i][2], x[i][3]))));
+    max[i] = found > t.max[first + i] ? found : t.max[first + i];
+  }
+  TINYLLAMA_UNROLL for (int i = 0; i < R; ++i) {
+    const index_t r = first + i;
+    V sum[panels];
+    TINYLLAMA_UNROLL for (int p = 0; p < panels; ++p) {
+      const V e = sum[p] = math::ExpNonPositive(d, hn::Sub(x[i][p], hn::Set(d, max[i])));
+      V w = e;
+      // Past the last key the scales were never written: 0 times what may be a NaN.
+      if constexpr (has_scales<E>) w = hn::IfThenElseZero(hn::Gt(e, hn::Zero(d)), hn::Mul(e, hn::LoadU(d, PageScales(page_v, stride) + 16 * p)));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(weights + r * page_tokens + 16 * p), (__m256i)_mm512_cvtneps_pbh(w.raw));
+    }
+    const float all = hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(sum[0], sum[1]), hn::Add(sum[2], sum[3]))));
+    if (max[i] == t.max[r]) {
+      t.sum[r] += all;
+      continue;
+    }
+    const float factor = std::exp(t.max[r] - max[i]);
+    t.sum[r] = t.sum[r] * factor + all, t.max[r] = max[i];
+    for (index_t c = 0; c < stride; c += 16) hn::StoreU(hn::Mul(hn::LoadU(d, t.o + r * stride + c), hn::Set(d, factor)), d, t.o + r * stride + c);
+  }
+}
+
 template <class E>
 void AttendBf16(const AttentionTask& t) {
-  const D d;
   const index_t hd = t.head_dim, ldq = even(hd), stride = head_stride(hd), k_panel = ldq * 16, v_panel = page_tokens * 16;
   alignas(64) bf16 q[prefill_elements], k[page_tokens * max_head_stride], v[page_tokens * max_head_stride], weights[prefill_rows(1) * page_tokens];
   alignas(64) float s[prefill_rows(1) * page_tokens];
-  const V lowest = hn::Set(d, -std::numeric_limits<float>::infinity()), scale = hn::Set(d, t.scale);
   for (index_t r = 0; r < t.rows; ++r) {
     const float* from = t.q + r / t.group * t.ldq + r % t.group * hd;
     for (index_t i = 0; i < hd; ++i) q[r * ldq + i] = bf16(from[i]);
@@ -62,37 +111,11 @@ void AttendBf16(const AttentionTask& t) {
     for (index_t i = 0; i < keys; i += 2)  // past the last key lies memory that was never written
       for (index_t c = 0; c < stride; c += 16) PairRows(page_v + i * stride + c, i + 1 < keys ? page_v + (i + 1) * stride + c : nullptr, v + c / 16 * v_panel + i * 16);
     PrefillProduct(q, ldq, k, k_panel, panels, hd, t.rows, s, page_tokens, false);
-    for (index_t r = 0; r < t.rows; ++r) {
-      const index_t own = t.position + r / t.group + 1, until = own < t.end ? own : t.end, seen = until < p0 ? 0 : until - p0;
-      float* row = s + r * page_tokens;
-      bf16* w = weights + r * page_tokens;
-      if (seen == 0) {
-        std::memset(static_cast<void*>(w), 0, page_tokens * sizeof(bf16));
-        continue;
-      }
-      V m = lowest;
-      for (index_t p = 0; p < panels * 16; p += 16) {
-        V x = hn::Mul(hn::Load(d, row + p), scale);
-        if constexpr (has_scales<E>) x = hn::Mul(x, hn::LoadU(d, PageScales(page_k, hd) + p));
-        if (seen < p + 16) x = hn::IfThenElse(hn::Lt(hn::Iota(d, static_cast<float>(p)), hn::Set(d, static_cast<float>(seen))), x, lowest);
-        hn::Store(x, d, row + p);
-        m = hn::Max(m, x);
-      }
-      const float before = t.max[r], found = hn::GetLane(hn::MaxOfLanes(d, m)), max = found > before ? found : before;
-      const float factor = max == before ? 1.0f : std::exp(before - max);
-      V sum = hn::Zero(d);
-      for (index_t p = 0; p < panels * 16; p += 16) {
-        const V e = math::ExpNonPositive(d, hn::Sub(hn::Load(d, row + p), hn::Set(d, max)));
-        // Past the last key the scales were never written: 0 times what may be a NaN.
-        if constexpr (has_scales<E>)
-          StoreBf16(hn::IfThenElseZero(hn::Gt(e, hn::Zero(d)), hn::Mul(e, hn::LoadU(d, PageScales(page_v, stride) + p))), w + p);
-        else StoreBf16(e, w + p);
-        sum = hn::Add(sum, e);
-      }
-      t.sum[r] = t.sum[r] * factor + hn::GetLane(hn::SumOfLanes(d, sum));
-      t.max[r] = max;
-      if (factor != 1.0f)
-        for (index_t c = 0; c < stride; c += 16) hn::StoreU(hn::Mul(hn::LoadU(d, t.o + r * stride + c), hn::Set(d, factor)), d, t.o + r * stride + c);
+    index_t r = 0;
+    for (; r + 4 <= t.rows && Seen(t, r, p0) > 0; r += 4) SoftmaxRows<4>(t, page_k, page_v, s, weights, r, p0);
+    for (; r < t.rows; ++r) {
+      if (Seen(t, r, p0) > 0) SoftmaxRows<1>(t, page_k, page_v, s, weights, r, p0);
+      else std::memset(static_cast<void*>(weights + r * page_tokens), 0, page_tokens * sizeof(bf16));
     }
     PrefillProduct(weights, page_tokens, v, v_panel, stride / 16, keys, t.rows, t.o, stride, true);
   }
