@@ -73,6 +73,17 @@ TEST_CASE_TEMPLATE("sum, mean, max, min, argmax along both axes", T, float, tl::
     }
 }
 
+TEST_CASE("down columns wider than a band, rows beyond a block") {
+  const Threads dev(2);
+  const auto x = numbers(75 * 2600);
+  const tl::View<const float, dyn, dyn> m(x.data(), {75, 2600});
+  for (const index_t rows : {1, 7, 8, 9, 33, 75}) {
+    CAPTURE(rows);
+    check<float>(dev, tl::columns(tl::slice(m, 0, rows), 1, 2590), 0);
+    check<float>(dev, tl::columns(tl::slice(m, 0, rows), 0, 1024), 0);
+  }
+}
+
 TEST_CASE("reductions of slices, broadcasts and transposes") {
   const Threads dev(2);
   const auto x = numbers(40 * 70);

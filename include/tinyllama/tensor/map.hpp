@@ -108,8 +108,8 @@ struct Layout {
   /// Offset of operand o at run r.
   index_t offset(std::size_t o, index_t r) const {
     index_t at = 0;
-    for (std::size_t k = used - 1; k-- > 0; r /= shape[k]) at += r % shape[k] * strides[o][k];
-    return at;
+    for (std::size_t k = used - 1; k-- > 1; r /= shape[k]) at += r % shape[k] * strides[o][k];
+    return used > 1 ? at + r * strides[o][0] : at;
   }
   index_t inner_stride(std::size_t o) const { return strides[o][used - 1]; }
 };
@@ -155,15 +155,14 @@ void map_views(const char* operation, const Device& device, View<T, E...> out, c
   const Layout<rank, operands> layout(out.shape(), {out.strides(), in.strides()...});
   const index_t inner = layout.inner(), total = inner * layout.outer();
   device.parallel_for(total, task_elements, [&](index_t begin, index_t end) {
-    while (begin < end) {
-      const index_t run = begin / inner, first = begin % inner, n = std::min(inner - first, end - begin);
+    for (index_t run = begin / inner, first = begin % inner, n; begin < end; begin += n, ++run, first = 0) {
+      n = std::min(inner - first, end - begin);
       [&]<std::size_t... I>(std::index_sequence<I...>) {
         const auto at = [&](auto* p, std::size_t o) {
           return Run<std::remove_pointer_t<decltype(p)>>{p + layout.offset(o, run) + first * layout.inner_stride(o), layout.inner_stride(o)};
         };
         map_run(n, f, at(out.data(), 0), at(in.data(), I + 1)...);
       }(std::make_index_sequence<sizeof...(In)>());
-      begin += n;
     }
   });
 }

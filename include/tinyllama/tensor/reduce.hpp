@@ -64,27 +64,40 @@ HWY_INLINE float reduce_lanes(Vec v, const Op& op) {
   return x[0];
 }
 
-// Reduces `count` rows, `step` elements apart, column by column, for K vectors of columns, the last of them `last` columns wide: enough
-// to keep memory busy, where one vector at a time got an eighth of the bandwidth. (Prefetching rows ahead gained nothing measurable.)
-template <int K, class T, class Pre, class Op>
-HWY_INLINE void reduce_rows(Vec (&sums)[K], const T* p, index_t step, index_t count, index_t last, Vec init, const Pre& pre, const Op& op) {
-  for (Vec& s : sums) s = init;
-  for (index_t i = 0; i < count; ++i) {
+// Down the columns, at most `band` of them: the memory of a page and more in one piece, where hardware that fetches ahead sees the rows' ends seldom.
+inline constexpr index_t band = 1024;
+
+// sums = `count` rows of `columns` elements, `step` apart, combined column by column; eight at a time, so that sums pass through the first-level cache
+// once for eight loads from memory.
+template <class T, class Pre, class Op>
+HWY_INLINE void reduce_rows(float* sums, const T* p, index_t step, index_t count, index_t columns, Vec init, const Pre& pre, const Op& op) {
+  constexpr index_t lanes = Vec::lanes;
+  const auto add = [&]<int R>(std::integral_constant<int, R>, index_t i) HWY_ATTR {
     const T* row = p + i * step;
-    for (int v = 0; v < K - 1; ++v) sums[v] = op(pre(load(row + v * Vec::lanes)), sums[v]);
-    const T* end = row + (K - 1) * Vec::lanes;
-    sums[K - 1] = op(pre(last == Vec::lanes ? load(end) : load_partial(end, 1, last)), sums[K - 1]);
-  }
+    const auto vector = [&](index_t c, auto&& from) HWY_ATTR {
+      Vec s = i ? Vec::load(sums + c) : init;
+      for (int r = 0; r < R; ++r) s = op(pre(from(row + r * step + c)), s);
+      s.store(sums + c);
+    };
+    index_t c = 0;
+    for (; c + lanes <= columns; c += lanes) vector(c, [](const T* from) HWY_ATTR { return load(from); });
+    if (c < columns) vector(c, [&](const T* from) HWY_ATTR { return load_partial(from, 1, columns - c); });
+  };
+  if (count == 0)
+    for (index_t c = 0; c < columns; c += lanes) init.store(sums + c);
+  index_t i = 0;
+  for (; i + 8 <= count; i += 8) add(std::integral_constant<int, 8>(), i);
+  for (; i < count; ++i) add(std::integral_constant<int, 1>(), i);
 }
-template <int K, class T, class Pre, class Op>
-void reduce_band(Vec (&sums)[K], const T* p, index_t step, index_t count, index_t last, Vec init, const Pre& pre, const Op& op) {
+template <class T, class Pre, class Op>
+void reduce_band(float* sums, const T* p, index_t step, index_t count, index_t columns, Vec init, const Pre& pre, const Op& op) {
   constexpr index_t block = 32;
-  if (count <= block) return reduce_rows(sums, p, step, count, last, init, pre, op);
+  if (count <= block) return reduce_rows(sums, p, step, count, columns, init, pre, op);
   const index_t top = (count / block + 1) / 2 * block;
-  reduce_band(sums, p, step, top, last, init, pre, op);
-  Vec below[K];
-  reduce_band(below, p + top * step, step, count - top, last, init, pre, op);
-  for (int v = 0; v < K; ++v) sums[v] = op(sums[v], below[v]);
+  reduce_band(sums, p, step, top, columns, init, pre, op);
+  alignas(64) float below[band];
+  reduce_band(below, p + top * step, step, count - top, columns, init, pre, op);
+  for (index_t c = 0; c < columns; c += Vec::lanes) op(Vec::load(sums + c), Vec::load(below + c)).store(sums + c);
 }
 
 // The shape or strides without one axis.
@@ -121,33 +134,31 @@ void reduce_views(const char* operation, const Device& device, View<T, E...> out
   const index_t inner = layout.inner(), total = out.size();
   // Along contiguous memory where the axis allows it; else a vector of outputs at a time, down the rows.
   const bool down = step != 1 && inner >= 2 && layout.inner_stride(1) == 1;
-  constexpr int band = 32;  // 2 KiB of a row at AVX-512: 1.2 ns an element from memory, 2.9 with one vector
-  const index_t unit = down ? band * Vec::lanes : 1;
+  const index_t unit = down ? band : 1;
   const index_t grain = std::max<index_t>(1, task_elements / std::max<index_t>(1, count) / unit) * unit;
   device.parallel_for(total, grain, [&](index_t begin, index_t end) {
     const Vec start(init);
-    while (begin < end) {
-      const index_t run = begin / inner, first = begin % inner, n = std::min(inner - first, end - begin);
+    for (index_t run = begin / inner, first = begin % inner, n; begin < end; begin += n, ++run, first = 0) {
+      n = std::min(inner - first, end - begin);
       T* to = out.data() + layout.offset(0, run) + first * layout.inner_stride(0);
       const In* from = in.data() + layout.offset(1, run) + first * layout.inner_stride(1);
       const index_t to_step = layout.inner_stride(0), from_step = layout.inner_stride(1);
       if (down) {
-        const auto vectors = [&]<int K>(std::integral_constant<int, K>, index_t i, index_t last) HWY_ATTR {
-          Vec sums[K];
-          reduce_band(sums, from + i, step, count, last, start, pre, op);
-          for (int v = 0; v < K; ++v) store_partial(post(sums[v]), to + (i + v * Vec::lanes) * to_step, to_step, v + 1 < K ? Vec::lanes : last);
-        };
-        index_t i = 0;
-        for (; i + band * Vec::lanes <= n; i += band * Vec::lanes) vectors(std::integral_constant<int, band>(), i, Vec::lanes);
-        for (; i + 4 * Vec::lanes <= n; i += 4 * Vec::lanes) vectors(std::integral_constant<int, 4>(), i, Vec::lanes);
-        for (; i < n; i += Vec::lanes) vectors(std::integral_constant<int, 1>(), i, std::min(Vec::lanes, n - i));
+        for (index_t i = 0; i < n; i += band) {
+          const index_t columns = std::min(band, n - i);
+          alignas(64) float sums[band];
+          reduce_band(sums, from + i, step, count, columns, start, pre, op);
+          index_t c = 0;
+          if (to_step == 1)
+            for (; c + Vec::lanes <= columns; c += Vec::lanes) store(post(Vec::load(sums + c)), to + i + c);
+          for (; c < columns; c += Vec::lanes) store_partial(post(Vec::load(sums + c)), to + (i + c) * to_step, to_step, std::min(Vec::lanes, columns - c));
+        }
       } else {
         for (index_t i = 0; i < n; ++i) {
           const float r = reduce_lanes(reduce_tree(Run<const In>{from + i * from_step, step}, count, start, pre, op), op);
           store_partial(post(Vec(r)), to + i * to_step, to_step, 1);
         }
       }
-      begin += n;
     }
   });
 }

@@ -82,6 +82,22 @@ HWY_INLINE V Pow2(D d, V shifted) {
   return hn::BitCast(d, hn::ShiftLeft<23>(hn::BitCast(di, shifted)));
 }
 
+// x 2^n, rounded once, for -151 <= n <= 128: what lies outside a float's exponents, too.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V Scaled(D d, V x, V shifted) {
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
+  const V n = hn::Sub(shifted, hn::Set(d, kShift));
+  if constexpr (sizeof(x.raw) == 64) return V{_mm512_scalef_ps(x.raw, n.raw)};
+  else if constexpr (sizeof(x.raw) == 32) return V{_mm256_scalef_ps(x.raw, n.raw)};
+  else return V{_mm_scalef_ps(x.raw, n.raw)};
+#else
+  const hn::RebindToSigned<D> di;
+  const auto n = hn::Sub(hn::BitCast(di, shifted), hn::Set(di, kShiftBits)), half = hn::ShiftRight<1>(n), one = hn::Set(di, 127);
+  const V first = hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(half, one))), second = hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::Sub(n, half), one)));
+  return hn::Mul(hn::Mul(x, first), second);
+#endif
+}
+
 // e^x for -87.3 <= x <= 89, where no result is subnormal; infinity above 88.37.
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V ExpBounded(D d, V x) {
@@ -94,16 +110,8 @@ HWY_INLINE V ExpBounded(D d, V x) {
 /// e^x. At most 1.1 ulp, subnormal results included; +inf above 88.7228, 0 below -103.98, a NaN for a NaN.
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V Exp(D d, V x) {
-  const hn::RebindToSigned<D> di;
   const math_detail::Reduced<V> t = math_detail::Reduce(d, math_detail::AtMost(d, math_detail::AtLeast(d, x, -105.0f), 89.0f));
-  const V p = hn::Add(math_detail::Expm1Reduced(d, t.r), hn::Set(d, 1.0f));
-  // n runs from -151 to 128: the scale is applied in two halves.
-  const auto n = hn::Sub(hn::BitCast(di, t.shifted), hn::Set(di, math_detail::kShiftBits));
-  const auto half = hn::ShiftRight<1>(n);
-  const auto one = hn::Set(di, 127);
-  const V first = hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(half, one)));
-  const V second = hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::Sub(n, half), one)));
-  return hn::Mul(hn::Mul(p, first), second);
+  return math_detail::Scaled(d, hn::Add(math_detail::Expm1Reduced(d, t.r), hn::Set(d, 1.0f)), t.shifted);
 }
 
 /// e^x for x <= 0, as softmax needs it: at most 1.1 ulp for x >= -87.3 and 0 below. Two thirds of the instructions of Exp.
