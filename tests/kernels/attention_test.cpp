@@ -129,6 +129,37 @@ TEST_CASE("attention: head dimensions, groups and cache formats") {
   });
 }
 
+TEST_CASE("attention: nothing is left of the pages before where scores leap by more than a float's exponents") {
+  for_each_table([](const Kernels& kernels) {
+    for (const Format f : {Format::f32, Format::f16, Format::q8_0})
+      for (const bool narrow : {false, true}) {
+        CAPTURE(std::string(name(f)));
+        CAPTURE(narrow);
+        constexpr index_t head_dim = 16, group = 5, tokens = 3, rows = group * tokens;
+        Random random(1);
+        Pages pages(f, head_dim, 64 + tokens, kernels, random);
+        for (index_t p = 0; p < pages.length; ++p) {
+          const std::vector<float> k(head_dim, p < 64 ? 0.0f : 6.25f), v(head_dim, p < 64 ? 1000.0f : 1.0f);
+          std::byte* page = pages.base[static_cast<std::size_t>(p / page_tokens)];
+          kernels.store_kv({k.data(), v.data(), head_dim, p % page_tokens, page + Pages::k_offset, page + pages.v_offset(), f});
+        }
+        const std::vector<float> q(static_cast<std::size_t>(rows * head_dim), 8.0f);
+        std::vector<float> o(static_cast<std::size_t>(rows * head_stride(head_dim))), max(rows), sum(rows);
+        AttentionTask t{};
+        t.q = q.data(), t.ldq = group * head_dim, t.head_dim = head_dim, t.group = group, t.rows = rows, t.position = 64;
+        t.pages = pages.base.data(), t.k_offset = Pages::k_offset, t.v_offset = pages.v_offset(), t.format = f;
+        t.begin = 0, t.end = 64 + tokens, t.scale = 0.25f;
+        t.o = o.data(), t.max = max.data(), t.sum = sum.data();
+        narrow ? kernels.attention_bf16(t) : kernels.attention(t);
+        for (index_t r = 0; r < rows; ++r) {
+          const auto ur = static_cast<std::size_t>(r);
+          CHECK(std::fabs(max[ur] - 200.0f) < 1.0f);  // 16 times 8 times 6.25, times the scale
+          for (index_t d = 0; d < head_dim; ++d) REQUIRE(std::fabs(o[static_cast<std::size_t>(r * head_stride(head_dim) + d)] / sum[ur] - 1.0f) < 0.01f);
+        }
+      }
+  });
+}
+
 TEST_CASE("attention: a head of any width up to the largest") {
   for_each_table([](const Kernels& kernels) {
     for (const index_t head_dim : {1, 2, 15, 17, 33, 256}) check_attention(kernels, {Format::f32, head_dim, 2, 5, 60, 0, 65});
