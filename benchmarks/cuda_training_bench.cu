@@ -119,7 +119,12 @@ void parts(tl::Cuda& dev, tl::index_t B, tl::index_t T) {
   time("cross-entropy", static_cast<double>(R) / static_cast<double>(L), 0, 4.0 * static_cast<double>(L * V), [&] {
     tl::cross_entropy(dev, half(logits, L, V), half(logits, L, V), std::span(reinterpret_cast<const std::int32_t*>(on_card.data()), static_cast<std::size_t>(L)), vector + 8192, reinterpret_cast<float*>(delta.data()));
   });
-  time("embedding backward", 1, 0, 12 * rd, [&] { tl::embedding_backward(dev, full(gradient, V, d), targets, full(x, R, d)); });
+  std::vector<std::int32_t> rows_of_ids(static_cast<std::size_t>(tl::id_rows_words(&dev, R, V)));
+  tl::id_rows(dev, rows_of_ids.data(), targets, V);
+  const tl::Memory<tl::Cuda> id_rows(dev, rows_of_ids.size() * sizeof(std::int32_t));
+  dev.upload(id_rows.data(), rows_of_ids.data(), id_rows.bytes());
+  time("embedding backward", 1, 0, 12 * rd,
+       [&] { tl::embedding_backward(dev, full(gradient, V, d), targets, reinterpret_cast<const std::int32_t*>(id_rows.data()), full(x, R, d)); });
   double total = 0;
   std::printf("\n%-22s %9s %6s %9s %9s %9s %7s\n", "operation", "ms", "times", "ms/step", "TFLOP/s", "GB/s", "share");
   for (const Row& r : rows) {

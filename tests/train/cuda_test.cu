@@ -218,8 +218,12 @@ TEST_CASE("cuda training: the embedding's gradient adds equal ids in their order
     Floats table = random<tl::CudaF32>(40 * n, 1);
     const Floats dx = random<tl::CudaF32>(200 * n, 2);
     const OnCard<tl::Cuda, float> c(dev, table), d(dev, dx);
-    tl::embedding_backward(dev, c.matrix(40, n), ids, d.matrix(200, n));
-    tl::embedding_backward(cpu, matrix(table, 40, n), ids, matrix(dx, 200, n));
+    std::vector<std::int32_t> rows(static_cast<std::size_t>(tl::id_rows_words(&dev, 200, 40)));
+    tl::id_rows(dev, rows.data(), ids, 40);
+    const tl::Memory<tl::Cuda> sent(dev, rows.size() * sizeof(std::int32_t));
+    dev.upload(sent.data(), rows.data(), sent.bytes());
+    tl::embedding_backward(dev, c.matrix(40, n), ids, reinterpret_cast<const std::int32_t*>(sent.data()), d.matrix(200, n));  // of ids how many they are
+    tl::embedding_backward(cpu, matrix(table, 40, n), ids, nullptr, matrix(dx, 200, n));
     CHECK(Floats(c) == table);
   }
 }

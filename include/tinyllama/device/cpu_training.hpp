@@ -237,7 +237,10 @@ inline void cross_entropy(Cpu& dev, View<float, dyn, dyn> gradient, View<const f
 }
 
 /// table [vocab, hidden] += dx [T, hidden] at the rows of ids. Split over columns: equal ids meet in their order.
-inline void embedding_backward(Cpu& dev, View<float, dyn, dyn> table, std::span<const std::int32_t> ids, View<const float, dyn, dyn> dx) {
+constexpr index_t id_rows_words(const Cpu*, index_t /*rows*/, index_t /*vocab*/) { return 0; }  // ids as they are will do
+inline void id_rows(const Cpu&, std::int32_t*, std::span<const std::int32_t>, index_t) {}
+inline Cpu::Batch ids_on(const Cpu&, std::span<const std::int32_t> ids) { return {ids, {}}; }
+inline void embedding_backward(Cpu& dev, View<float, dyn, dyn> table, std::span<const std::int32_t> ids, const std::int32_t*, View<const float, dyn, dyn> dx) {
   dev.parallel_for(table.extent(1), 256, [&](index_t begin, index_t end) {
     for (std::size_t t = 0; t < ids.size(); ++t)
       dev.kernels().add(detail::row_of(table, ids[t]) + begin, detail::row_of(dx, static_cast<index_t>(t)) + begin, end - begin);
@@ -321,9 +324,6 @@ constexpr std::size_t training_scratch(const Cpu*, const C& c, const TrainingWor
 
 /// What the scales of the next step's 8-bit floats are made for, where there are such: ranks agree on its maximum before AdamW.
 inline std::span<float> magnitudes(Cpu&) { return {}; }
-
-/// Bytes of the host to the device.
-inline void send(const Cpu& dev, void* to, const void* from, std::size_t bytes) { dev.upload(to, from, bytes); }
 
 /// x [T, n] += y
 inline void add(Cpu& dev, View<float, dyn, dyn> x, View<const float, dyn, dyn> y) { dev.add(x, y); }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -11,6 +12,34 @@
 #include "tinyllama/device/training.hpp"
 
 namespace tinyllama {
+
+/// In page-locked memory, which the copy of a graph reads each time the graph is launched; the host writes it again when that copy is done.
+template <class A>
+class StepInput<CudaDevice<A>> {
+ public:
+  explicit StepInput(CudaDevice<A>& dev) : dev_(&dev), copied_(on_card(dev)) {}
+  std::byte* begin(std::size_t bytes) {
+    const cuda::Current here(dev_->card());
+    copied_.synchronize();
+    bytes_ = bytes;
+    return pinned_.reserve(bytes);
+  }
+  void bring(void* to) {
+    const cuda::Current here(dev_->card());
+    cuda::check(cudaMemcpyAsync(to, pinned_.reserve(bytes_), bytes_, cudaMemcpyHostToDevice, dev_->stream()), "cudaMemcpyAsync", std::to_string(bytes_) + " bytes");
+    copied_.record_each_time(dev_->stream());
+  }
+
+ private:
+  static cuda::Event on_card(CudaDevice<A>& dev) {
+    const cuda::Current here(dev.card());
+    return cuda::Event();
+  }
+  CudaDevice<A>* dev_;
+  cuda::Pinned pinned_;
+  cuda::Event copied_;
+  std::size_t bytes_ = 0;
+};
 
 /// Graphs of one trainer's work. The first time for a kind of work makes what is made once (plans, scratch, scales) and measures what is measured (products); the
 /// second is recorded, unless what the first was given has moved. Work that does not let itself be recorded is done launch by launch.
@@ -42,7 +71,7 @@ class Recording<CudaDevice<A>> {
   void clear() { works_.clear(); }
 
  private:
-  static constexpr std::size_t most = 1024;  // of 22 layers by themselves a pass has 47; batches of packed samples have as many kinds as steps
+  static constexpr std::size_t most = 1024;  // of 22 layers by themselves a pass has 48; batches of packed samples have as many kinds as steps
   struct Work {
     std::vector<std::uint64_t> kind;
     typename CudaTraining<A>::Places places;

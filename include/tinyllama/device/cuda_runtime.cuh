@@ -93,6 +93,12 @@ class Event : public Owned<cudaEvent_t, cudaEventDestroy> {
   /// No event yet: to be assigned to.
   static Event none() { return Event(cudaEvent_t{}); }
   void record(cudaStream_t s) const { check(cudaEventRecord(get(), s), "cudaEventRecord"); }
+  /// The same where the stream may be recording: then each launch of the graph records the event.
+  void record_each_time(cudaStream_t s) const {
+    cudaStreamCaptureStatus status{};
+    check(cudaStreamIsCapturing(s, &status), "cudaStreamIsCapturing");
+    check(cudaEventRecordWithFlags(get(), s, status == cudaStreamCaptureStatusActive ? cudaEventRecordExternal : cudaEventRecordDefault), "cudaEventRecordWithFlags");
+  }
   void synchronize() const { check(cudaEventSynchronize(get()), "cudaEventSynchronize"); }
   /// Seconds from `earlier` to this; both were recorded, with timing, and are done.
   double since(const Event& earlier) const {

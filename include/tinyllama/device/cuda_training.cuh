@@ -42,7 +42,8 @@ class CudaTraining {
   void add_rmsnorm(M<A> normed, M<float> sum, M<const float> x, M<const A> added, const float* gain, float eps);
   void swiglu_backward(M<A> dgate, M<A> dup, M<const A> dh, M<const A> gate, M<const A> up, M<A> h);
   void cross_entropy(M<A> gradient, M<const A> logits, std::span<const std::int32_t> targets, const float* weights, float* losses);
-  void embedding_backward(M<float> table, std::span<const std::int32_t> ids, M<const float> dx);
+  void embedding_backward(M<float> table, std::span<const std::int32_t> ids, const std::int32_t* id_rows, M<const float> dx);
+  void id_rows(std::int32_t* to, std::span<const std::int32_t> ids, index_t vocab);
   void adamw(const AdamwTask& task, std::span<const AdamwRange> ranges, A* rounded);
   void round_to(A* to, const float* from, index_t n);
   double sum_of_squares(const float* x, index_t n);
@@ -57,7 +58,6 @@ class CudaTraining {
     requires(!std::is_same_v<A, float>);
   void add(M<A> x, M<const A> y);
   void dropout(M<A> out, M<const A> x, float p, std::uint64_t key);
-  void send(void* to, const void* from, std::size_t bytes);
 
   /// Whether attention of so many equally long sequences runs in cuDNN's kernels; and why not, where it was asked.
   bool uses_cudnn(index_t sequences, index_t tokens, const HeadShape& shape);
@@ -71,7 +71,7 @@ class CudaTraining {
   bool records = true;
   int repeated = 0;  ///< how often a graph was launched
   /// The arrays of the device's own that work is given, those of the batch's sequences if it has one; with another of them a graph is no longer right.
-  using Places = std::array<std::uintptr_t, 9>;
+  using Places = std::array<std::uintptr_t, 8>;
   Places places(bool batch);
   /// What the host does for work with `batch` before it, recorded or not.
   void expect(std::span<const Sequence> batch);
@@ -132,19 +132,12 @@ class CudaTraining {
   /// On the card, uploaded where it is another than the last.
   const cuda::BatchSequence* sequences(std::span<const Sequence> batch, int& most_tokens);
 
-  struct Slot {
-    cuda::Pinned pinned;
-    cuda::Event copied{cuda::Event::none()};
-    bool used = false;
-  };
   CudaDevice<A>* dev_;
   cuda::BlasPlans blas_;
-  std::array<Slot, 8> slots_;
-  std::size_t next_ = 0;
-  cuda::Upload sequences_upload_, ids_upload_;
+  cuda::Upload sequences_upload_;
   std::vector<Sequence> last_;
   const cuda::BatchSequence* on_card_ = nullptr;
-  std::vector<std::int32_t> count_;  // of each id, for embedding_backward
+  std::vector<std::int32_t> count_;  // of each id, for id_rows
   std::string cudnn_failure_ = "no library";
 #if defined(TINYLLAMA_CUDNN)
   std::unique_ptr<cuda::CudnnAttention> cudnn_;
@@ -221,7 +214,20 @@ void cross_entropy(CudaDevice<A>& dev, detail::MatrixOf<A> gradient, detail::Mat
   training_of(dev).cross_entropy(gradient, logits, targets, weights, losses);
 }
 template <class A>
-void embedding_backward(CudaDevice<A>& dev, detail::MatrixOf<float> table, std::span<const std::int32_t> ids, detail::MatrixOf<const float> dx) { training_of(dev).embedding_backward(table, ids, dx); }
+void embedding_backward(CudaDevice<A>& dev, detail::MatrixOf<float> table, std::span<const std::int32_t> ids, const std::int32_t* id_rows, detail::MatrixOf<const float> dx) {
+  training_of(dev).embedding_backward(table, ids, id_rows, dx);
+}
+/// How many ids there are; they; where the rows of each begin; the rows.
+template <class A>
+constexpr index_t id_rows_words(const CudaDevice<A>*, index_t rows, index_t vocab) { return 2 * std::min(rows, vocab) + 2 + rows; }
+template <class A>
+void id_rows(CudaDevice<A>& dev, std::int32_t* to, std::span<const std::int32_t> ids, index_t vocab) { training_of(dev).id_rows(to, ids, vocab); }
+template <class A>
+typename CudaDevice<A>::Batch ids_on(const CudaDevice<A>&, std::span<const std::int32_t> ids) {
+  typename CudaDevice<A>::Batch b{};
+  b.ids = ids.data(), b.rows = static_cast<int>(ids.size());
+  return b;
+}
 template <class A>
 void adamw(CudaDevice<A>& dev, const AdamwTask& task, std::span<const AdamwRange> ranges, A* rounded) { training_of(dev).adamw(task, ranges, rounded); }
 template <class A>
@@ -247,8 +253,6 @@ template <class A>
 void add(CudaDevice<A>& dev, detail::MatrixOf<A> x, detail::MatrixOf<const A> y) { training_of(dev).add(x, y); }
 template <class A>
 void dropout(CudaDevice<A>& dev, detail::MatrixOf<A> out, detail::MatrixOf<const A> x, float p, std::uint64_t key) { training_of(dev).dropout(out, x, p, key); }
-template <class A>
-void send(CudaDevice<A>& dev, void* to, const void* from, std::size_t bytes) { training_of(dev).send(to, from, bytes); }
 
 static_assert(TrainingDevice<Cuda> && TrainingDevice<CudaF32>);
 

@@ -21,7 +21,7 @@ namespace tinyllama {
 
 template <class A>
 CudaTraining<A>::CudaTraining(CudaDevice<A>& dev)
-    : dev_(&dev), blas_(dev.card()), sequences_upload_(dev.card(), dev.pool(), dev.stream()), ids_upload_(dev.card(), dev.pool(), dev.stream()) {
+    : dev_(&dev), blas_(dev.card()), sequences_upload_(dev.card(), dev.pool(), dev.stream()) {
 #if defined(TINYLLAMA_CUDNN)
   if constexpr (std::is_same_v<A, bf16>)
     if (const cuda::CudnnApi* api = cuda::CudnnApi::find()) {
@@ -185,28 +185,26 @@ void CudaTraining<A>::cross_entropy(M<A> gradient, M<const A> logits, std::span<
 }
 
 template <class A>
-void CudaTraining<A>::embedding_backward(M<float> table, std::span<const std::int32_t> ids, M<const float> dx) {
+void CudaTraining<A>::id_rows(std::int32_t* to, std::span<const std::int32_t> ids, index_t vocab) {
+  // By counting: ids as they come first, starts of each, then rows in their order. The counts are 0 again behind it.
+  const auto most = static_cast<std::size_t>(std::min(static_cast<index_t>(ids.size()), vocab));
+  std::int32_t *const id = to + 1, *const starts = id + most, *const order = starts + most + 1;
+  if (count_.size() < static_cast<std::size_t>(vocab)) count_.resize(static_cast<std::size_t>(vocab));
+  const auto count = [&](std::int32_t i) -> std::int32_t& { return count_[static_cast<std::size_t>(i)]; };
+  std::int32_t distinct = 0, at = 0;
+  for (const std::int32_t i : ids)
+    if (count(i)++ == 0) id[distinct++] = i;
+  for (std::int32_t i = 0; i < distinct; ++i) starts[i] = at, at += std::exchange(count(id[i]), at);
+  starts[distinct] = at, *to = distinct;
+  for (std::size_t r = 0; r < ids.size(); ++r) order[count(ids[r])++] = static_cast<std::int32_t>(r);
+  for (std::int32_t i = 0; i < distinct; ++i) count(id[i]) = 0;
+}
+template <class A>
+void CudaTraining<A>::embedding_backward(M<float> table, std::span<const std::int32_t> ids, const std::int32_t* id_rows, M<const float> dx) {
   const cuda::Current here(dev_->card());
-  // By counting: starts of each id, then rows in their order.
-  const auto vocab = static_cast<std::size_t>(table.extent(0)), rows = ids.size();
-  count_.assign(vocab + 1, 0);
-  for (const std::int32_t id : ids) ++count_[static_cast<std::size_t>(id)];
-  std::size_t distinct = 0;
-  for (std::size_t v = 0; v < vocab; ++v) distinct += count_[v] > 0;
-  auto* id = reinterpret_cast<std::int32_t*>(ids_upload_.begin((2 * distinct + 1 + rows) * sizeof(std::int32_t)));
-  auto *starts = id + distinct, *order = starts + distinct + 1;
-  std::int32_t at = 0;
-  for (std::size_t v = 0, i = 0; v < vocab; ++v) {
-    const std::int32_t n = count_[v];
-    if (n == 0) continue;
-    id[i] = static_cast<std::int32_t>(v), starts[i++] = at;
-    count_[v] = at, at += n;
-  }
-  starts[distinct] = at;
-  for (std::size_t r = 0; r < rows; ++r) order[count_[static_cast<std::size_t>(ids[r])]++] = static_cast<std::int32_t>(r);
-  const auto* card = reinterpret_cast<const std::int32_t*>(ids_upload_.send());
-  cuda::embedding_gradient(dev_->stream(), {table.data(), dx.data(), table.stride(0), dx.stride(0), card, card + distinct, card + 2 * distinct + 1, static_cast<int>(distinct),
-                                            static_cast<int>(table.extent(1))});
+  const index_t rows = static_cast<index_t>(ids.size()), most = std::min(rows, table.extent(0));
+  const std::int32_t *const id = id_rows + 1, *const starts = id + most, *const order = starts + most + 1;
+  cuda::embedding_gradient(dev_->stream(), {table.data(), dx.data(), table.stride(0), dx.stride(0), id_rows, id, starts, order, static_cast<int>(rows), static_cast<int>(table.extent(1))});
 }
 
 template <class A>
@@ -267,7 +265,7 @@ template <class A>
 typename CudaTraining<A>::Places CudaTraining<A>::places(bool batch) {
   const auto address = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p); };
   const auto of = [&](const std::unique_ptr<cuda::PoolMemory>& m) { return m ? address(m->data()) : 0; };
-  return {batch ? address(dev_->last_batch().ids) : 0, batch ? address(on_card_) : 0, address(dev_->scratch(0)), of(scales_), of(x_), of(dy_rows_), of(dy_columns_), weights_put_, plain_attention};
+  return {batch ? address(on_card_) : 0, address(dev_->scratch(0)), of(scales_), of(x_), of(dy_rows_), of(dy_columns_), weights_put_, plain_attention};
 }
 
 template <class A>
@@ -304,20 +302,6 @@ template <class A>
 void CudaTraining<A>::dropout(M<A> out, M<const A> x, float p, std::uint64_t key) {
   const cuda::Current here(dev_->card());
   cuda::dropout(dev_->stream(), out.data(), out.stride(0), x.data(), x.stride(0), x.extent(0), x.extent(1), p, key);
-}
-
-template <class A>
-void CudaTraining<A>::send(void* to, const void* from, std::size_t bytes) {
-  if (bytes == 0) return;
-  const cuda::Current here(dev_->card());
-  Slot& s = slots_[next_];
-  next_ = (next_ + 1) % slots_.size();
-  if (s.used) s.copied.synchronize();
-  std::byte* const host = s.pinned.reserve(bytes);
-  std::memcpy(host, from, bytes);
-  cuda::check(cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, dev_->stream()), "cudaMemcpyAsync", std::to_string(bytes) + " bytes");
-  if (!s.used) s.copied = cuda::Event(), s.used = true;
-  s.copied.record(dev_->stream());
 }
 
 template <class T>

@@ -73,7 +73,7 @@ class TrainingPass {
   using Block = TrainingActivations<C, A>;
 
  public:
-  explicit TrainingPass(D& dev) : dev_(&dev) {}
+  explicit TrainingPass(D& dev) : dev_(&dev), staged_(dev) {}
 
   /// Takes memory for the shape, unless it has it. Whether arrays have moved.
   bool prepare(const C& c, const TrainingShape& shape) {
@@ -96,12 +96,15 @@ class TrainingPass {
   /// Whom the next passes tell of the parts; null: nobody.
   void hook(PassHooks* hooks) { hooks_ = hooks; }
 
-  /// Sends to the device what the functions below work on: ids and targets [T] of all sequences; targets below 0 do not count. `weights` [T], for backward(): of the losses.
+  /// Keeps what the functions below work on, which forward() then sends to the device: ids and targets [T] of all sequences; targets below 0 do not count. `weights`
+  /// [T], for backward(): of the losses.
   void load(const Weights& w, std::span<const std::int32_t> ids, std::span<const std::int32_t> targets, std::span<const Sequence> batch, std::span<const float> weights = {}) {
     turn(w, batch);
-    sent_ = dev_->batch(ids, batch);
-    send(*dev_, buffers_->targets, targets.data(), targets.size_bytes());
-    if (!weights.empty()) send(*dev_, buffers_->weights, weights.data(), weights.size_bytes());
+    const auto T = static_cast<index_t>(ids.size()), vocab = static_cast<index_t>(w.config.vocab);
+    const TrainingInput to{reinterpret_cast<std::int32_t*>(staged_.begin(static_cast<std::size_t>(TrainingInput::words<D>(T, vocab)) * sizeof(std::int32_t))), T};
+    std::copy(ids.begin(), ids.end(), to.ids().begin());
+    std::copy(targets.begin(), targets.end(), to.targets().begin());
+    if (!weights.empty()) std::copy(weights.begin(), weights.end(), to.weights()), id_rows(*dev_, to.id_rows(), ids, vocab);
     stretches_.clear();
     for (std::size_t r = 0; r < targets.size(); r += static_cast<std::size_t>(shape_.logits_rows)) {
       const auto stretch = targets.subspan(r, std::min(targets.size() - r, static_cast<std::size_t>(shape_.logits_rows)));
@@ -117,7 +120,7 @@ class TrainingPass {
   static void describe(std::vector<std::uint64_t>& kind, const Weights& w, PassSegment s) {
     const auto add = [&](auto... at) { (kind.push_back(reinterpret_cast<std::uint64_t>(at)), ...); };
     kind.push_back(2 * static_cast<std::uint64_t>(s.part) + s.backward);
-    if (s.part == 0) return add(w.embedding.value);
+    if (s.part == 0) return add(w.embedding.value, w.embedding.gradient);
     if (s.part > static_cast<int>(w.layers.size())) return add(w.final_norm, w.d_final_norm, w.head.value, w.head.gradient);
     const LearnedLayer<A>& l = w.layers[static_cast<std::size_t>(s.part) - 1];
     add(l.attn_norm, l.d_attn_norm, l.qkv.value, l.qkv.gradient);
@@ -125,7 +128,7 @@ class TrainingPass {
   /// Rows of what was sent, and on the device the loss of each, behind losses() or backward(), and its weight.
   index_t rows() const { return stretches_.empty() ? 0 : stretches_.back().end; }
   const float* device_losses() const { return buffers_->losses; }
-  const float* device_weights() const { return buffers_->weights; }
+  const float* device_weights() const { return input().weights(); }
 
   /// ids through the model, up to the last norm. `run(segment, work)` does the work, here and in backward(): at once, or as it was recorded.
   template <class Run = decltype(at_once)>
@@ -135,8 +138,9 @@ class TrainingPass {
     const int parts = static_cast<int>(blocks_.size()) + 2;
     tell(&PassHooks::before_forward, 0);
     run(PassSegment{false, 0}, [&] {
+      staged_.bring(buffers_->input);
       dev.embedding(blocks_.front().x, Matrix{format_of<A>, D::packed_embedding, w.embedding.rows, w.embedding.columns, reinterpret_cast<const std::byte*>(w.embedding.value)},
-                    *sent_);
+                    ids_on(dev, input().ids()));
     });
     tell(&PassHooks::after_forward, 0);
     for (std::size_t l = 0; l < blocks_.size(); ++l) {
@@ -164,8 +168,8 @@ class TrainingPass {
     return dev_->host(View<const float, dyn>(buffers_->losses, {rows()}), staging_).span();
   }
 
-  /// The same losses, on the device, and the gradient of sum_t weights_t loss_t by every weight that has a place for it, but the embedding: added to what is there
-  /// where `accumulate` is set in w's matrices, in the place of it where not (those of the gains are always added). After forward().
+  /// The same losses, on the device, and the gradient of sum_t weights_t loss_t by every weight that has a place for it: added to what is there where `accumulate`
+  /// is set in w's matrices, in the place of it where not (those of the gains and of the embedding are always added). After forward().
   template <class Run = decltype(at_once)>
   void backward(const Weights& w, std::span<const Sequence> batch, const Run& run = at_once) {
     const C& c = w.config;
@@ -197,15 +201,16 @@ class TrainingPass {
       });
       tell(&PassHooks::after_backward, part);
     }
-  }
-  /// Behind backward(): the embedding's gradient, added. By itself, because the host sorts the ids for it, which it can do while the device is at the blocks.
-  void embedding_gradient(const Weights& w, std::span<const std::int32_t> ids) {
     tell(&PassHooks::before_backward, 0);
-    if (w.embedding.gradient) embedding_backward(*dev_, View<float, dyn, dyn>(w.embedding.gradient, {w.embedding.rows, w.embedding.columns}), ids, buffers_->gradients.x);
+    run(PassSegment{true, 0}, [&] {
+      if (w.embedding.gradient) embedding_backward(dev, View<float, dyn, dyn>(w.embedding.gradient, {w.embedding.rows, w.embedding.columns}), input().ids(), input().id_rows(), d.x);
+    });
     tell(&PassHooks::after_backward, 0);
   }
 
  private:
+  /// On the device.
+  TrainingInput input() const { return {buffers_->input, rows()}; }
   /// Rows [begin, end) whose logits are there at a time, and whether one of their targets counts.
   struct Stretch {
     index_t begin, end;
@@ -233,7 +238,7 @@ class TrainingPass {
         continue;
       }
       matmul(*dev_, logits, normed, matrix);
-      cross_entropy(*dev_, gradient ? logits : slice(logits, 0, 0), logits, std::span<const std::int32_t>(b.targets + r, static_cast<std::size_t>(end - r)), b.weights + r, b.losses + r);
+      cross_entropy(*dev_, gradient ? logits : slice(logits, 0, 0), logits, input().targets().subspan(static_cast<std::size_t>(r), static_cast<std::size_t>(end - r)), input().weights() + r, b.losses + r);
       if (!gradient) continue;
       matmul_backward_input(*dev_, d_normed, logits, matrix);
       matmul_backward_weight(*dev_, matrix, logits, normed);
@@ -261,7 +266,7 @@ class TrainingPass {
   std::vector<Block> blocks_;
   std::vector<View<float, dyn, dyn>> lse_;
   std::vector<Sequence> sequences_;  // whose angles are there
-  std::optional<typename D::Batch> sent_;
+  StepInput<D> staged_;              // the input of the next forward()
   std::vector<Stretch> stretches_;   // of the rows that were sent
   [[no_unique_address]] typename D::Staging staging_;  // losses that the host can read
 };

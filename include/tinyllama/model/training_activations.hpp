@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <span>
 
 #include "tinyllama/config/parameters.hpp"
 #include "tinyllama/device/training.hpp"
@@ -34,11 +35,25 @@ struct TrainingBuffers {
   View<A, dyn, dyn> final_normed;               // [T, hidden]
   View<A, dyn, dyn> logits;                     // [R, vocab], then their gradient
   View<float, dyn, dyn> cos, sin, opposite_sin; // [T, head_dim / 2]
-  float *losses, *weights;                      // [T]
-  std::int32_t* targets;                        // [T]
+  float* losses;                                // [T]
+  std::int32_t* input;                          // what the host sends for a pass: TrainingInput
   BlockGradients<C, A> gradients;
   float* attention;                             // what its backward pass needs
   AdapterWork<A> adapters;
+};
+
+/// What the host sends for a pass, as 32-bit words from `at` on, on either side: ids, targets and the weights of their losses, [T] each; and the rows of each id, for
+/// the embedding's gradient, as the device wants them.
+struct TrainingInput {
+  std::int32_t* at;
+  index_t rows;  // T
+
+  template <class D>
+  static constexpr index_t words(index_t rows, index_t vocab) { return 3 * rows + id_rows_words(static_cast<const D*>(nullptr), rows, vocab); }
+  std::span<std::int32_t> ids() const { return {at, static_cast<std::size_t>(rows)}; }
+  std::span<std::int32_t> targets() const { return {at + rows, static_cast<std::size_t>(rows)}; }
+  float* weights() const { return reinterpret_cast<float*>(at + 2 * rows); }
+  std::int32_t* id_rows() const { return at + 3 * rows; }
 };
 
 /// A block's activations in training: what it adds apart, unless products write floats anyway.
@@ -79,8 +94,8 @@ constexpr TrainingBuffers<C, A> take_training_buffers(Arena<D>& arena, const C& 
     if constexpr (std::is_same_v<A, float>) return dx;
     else return matrix(T, d);
   }();
-  return {matrix(T, d), matrix(s.logits_rows, index_t{c.vocab}), floats(T, half), floats(T, half), floats(T, half), vector(T), vector(T),
-          arena.template take<std::int32_t, dyn>(T).data(),
+  return {matrix(T, d), matrix(s.logits_rows, index_t{c.vocab}), floats(T, half), floats(T, half), floats(T, half), vector(T),
+          arena.template take<std::int32_t, dyn>(TrainingInput::words<D>(T, index_t{c.vocab})).data(),
           BlockGradients<C, A>{dx, rounded, matrix(T, d), matrix(T, d), matrix(T, qkv), matrix(T, n), vector(T)},
           vector(flash_backward_floats(static_cast<const D*>(nullptr), T, {c.heads, c.kv_heads, head_dim(c)})),
           AdapterWork<A>{row(rank && s.adapter_dropout ? T * wide : 0), row(T * rank), row(T * rank)}};

@@ -124,7 +124,6 @@ class Trainer {
         recording_.run(*dev_, kind_, batch, std::exchange(new_weights, false), f);
       });
     }
-    pass_.embedding_gradient(learned, inputs);
     if (sharding() != Sharding::fsdp) learned.for_each_matrix([](LearnedMatrix<A>& m) { m.how.accumulate = true; });
   }
 
@@ -151,12 +150,13 @@ class Trainer {
     const float lr = learning_rate();
     const AdamwTask numbers = adamw_task(lr, 0);
     const AdamwStep step{numbers.lr, numbers.correction1, numbers.correction2, numbers.key, 0};
-    send(*dev_, &sums()->adamw, &step, sizeof step);
+    std::memcpy(numbers_.begin(sizeof step), &step, sizeof step);
     if (peers_) sum_of_ranks();
     // The device goes on by itself, with numbers that it has, and the host waits once.
     arrays_.agree();
     kind_.assign({update_work, reinterpret_cast<std::uint64_t>(arrays_.own_gradients().data())});
     recording_.run(*dev_, kind_, {}, false, [&] {
+      numbers_.bring(&sums()->adamw);
       if (!peers_) squares(arrays_.own_gradients());
       clip(*dev_, sums(), options_.clip);
       AdamwTask task = numbers;
@@ -299,7 +299,7 @@ class Trainer {
  private:
   Trainer(D& dev, const TrainerOptions& options, const C& config, Peers<D>* peers, int)
       : dev_(&dev), options_(detail::checked<D>(options, config, peers ? peers->sharding() : Sharding::none)), config_(config), peers_(peers), arrays_(dev, config_, options_, peers), pass_(dev),
-        rows_{options_.tokens, options_.micro_rows, config_.context, config_.vocab}, sums_(dev, sizeof(StepSums)) {
+        rows_{options_.tokens, options_.micro_rows, config_.context, config_.vocab}, sums_(dev, sizeof(StepSums)), numbers_(dev) {
     dev_->zero(sums(), sizeof(StepSums));
     if (options_.lora) arrays_.put_learned(initial_adapters(config_, *options_.lora));
   }
@@ -402,6 +402,7 @@ class Trainer {
   std::vector<Sequence> sequences_;
   std::vector<float> row_weights_;
   Memory<D> sums_;                    // StepSums
+  StepInput<D> numbers_;              // their AdamwStep
   [[no_unique_address]] Recording<D> recording_;
   enum : std::uint64_t { pass_work, update_work };
   std::vector<std::uint64_t> kind_;   // of a micro-batch's work, or an update's
