@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "tinyllama/device/cuda_narrow.cuh"
 #include "tinyllama/device/cuda_operations.cuh"

@@ -391,6 +391,7 @@ inline bool make_decode_plan(DecodePlan& plan, const DecodeModel& model, const D
   if (plan.slots < 2) return false;
   // What is under way stands in line before the vectors that blocks exchange: a slot of each team (32 KiB a block) keeps the memory busy and the line short.
   plan.window = std::min(plan.slots, std::max(1, 16384 / (decode::teams * slot)));
+  plan.pace = plan.uniform == static_cast<int>(Format::q8_0) ? 240 : 0;  // 533 to 521 us a token; other formats lose or gain nothing
   plan.look = plan.as_int8[0] ? 0 : 1200;
   const int chunks = (q / kv + decode::group_heads - 1) / decode::group_heads;
   plan.max_splits = std::max(1, std::min(32, plan.grid / (model.kv_heads * chunks)));

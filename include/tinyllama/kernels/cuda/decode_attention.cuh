@@ -244,6 +244,7 @@ __device__ __forceinline__ void attention(const AttentionTask& t, const Attentio
 #pragma unroll
     for (int u = 0; u < rounds; ++u) {
       const int at = warp + consumer_warps * u;
+      if (at >= n) break;
       float score = 0;
 #pragma unroll
       for (int i = 0; i < mine; ++i) {
@@ -251,11 +252,12 @@ __device__ __forceinline__ void attention(const AttentionTask& t, const Attentio
         score += ((a.x * q[i][0].x + a.y * q[i][0].y) + (a.z * q[i][0].z + a.w * q[i][0].w)) + ((b.x * q[i][1].x + b.y * q[i][1].y) + (b.z * q[i][1].z + b.w * q[i][1].w));
       }
       score += __shfl_xor_sync(~0u, score, 1), score += __shfl_xor_sync(~0u, score, 2);
-      if (part == 0) s.score[head][at] = at < n ? score : -INFINITY;
+      if (part == 0) s.score[head][at] = score;
     }
     consumer_sync();
     // A lane has a position's score; then the warp's lanes have all weights, and a column of the values each.
-    const float score = s.score[out_head][lane];
+    if (out_head >= t.heads) continue;  // a warp's
+    const float score = lane < n ? s.score[out_head][lane] : -INFINITY;
     float max = fmaxf(m_run, score);
 #pragma unroll
     for (int i = 16; i; i >>= 1) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));

@@ -54,6 +54,7 @@ struct DecodePlan {
   int max_splits;                               // of the positions in attention, at most 32
   int uniform;                                  // the format of all products' weights, or -1; f8_e4m3 also where the head is of bf16
   int window;                                   // slots of a team that are under way at a time
+  unsigned pace;                                // cycles that a team's producer spends on 1 KiB at least; 0: as fast as slots come free
   int look;                                     // vectors of so many words are read when some of them are there
   bool keep_in_l2 = false;                      // weights that fit there may stay
   // exchange, device memory, zero at first

@@ -18,12 +18,14 @@ __device__ __forceinline__ unsigned whole_piece_bytes(Format f) {
   return r;
 }
 
+inline constexpr int most_behind = 4000;  // cycles
+
 /// A team's producer, a whole warp.
 __device__ __forceinline__ void produce(const DecodePlan& p, const Entry* table, const Dealt* deals, const unsigned short* piece_bytes, std::uint32_t ring, std::uint32_t full,
                                         std::uint32_t empty, int steps, int team, int lane) {
   const std::uint64_t policy = evict_first_policy();
   int slot = 0;
-  unsigned parity = 1;
+  unsigned parity = 1, next = static_cast<unsigned>(clock());
   // Bytes [at, at + whole) of `rows` rows of e, or what is left of them, into the next slot; with the last the row's end, 16 bytes, which are never alone.
   const auto fill = [&](const Entry& e, int row, int rows, unsigned at, unsigned whole) {
     const unsigned rest = e.row_bytes - at, bytes = rest <= whole + 16 ? rest : whole, barrier = full + 8 * slot;
@@ -34,6 +36,12 @@ __device__ __forceinline__ void produce(const DecodePlan& p, const Entry* table,
     barrier_wait(empty + 8 * slot, parity);
     const int before = slot - p.window;
     barrier_wait(full + 8 * (before < 0 ? before + p.slots : before), before < 0 ? parity : parity ^ 1);
+    if (p.pace) {  // not sooner than the memory's speed allows, within what was missed lately
+      const unsigned now = static_cast<unsigned>(clock());
+      if (static_cast<int>(now - next) > most_behind) next = now - most_behind;
+      while (static_cast<int>(static_cast<unsigned>(clock()) - next) < 0) {}
+      next += rows * bytes * p.pace >> 10;
+    }
     if (lane == 0) barrier_expect(barrier, rows * bytes);
     __syncwarp();
     if (lane < (one ? 1 : rows)) {
