@@ -1,4 +1,4 @@
-// Where the time of a step on a card goes: each operation of all layers alone, in a row, beside the card's limits (a copy, a large bf16 product).
+// Where the time of a step on a card goes: each operation of all layers alone, in a row, norms with the products before them, beside the card's limits (a copy, a large bf16 product).
 //   make_checkpoint --preset tinyllama_1b --format bf16 --out M.gguf; cuda_step_bench M.gguf [SEQUENCES:NEW_TOKENS:POSITION ...]
 #include <tinyllama/cuda.hpp>
 #include <tinyllama/tinyllama.hpp>
@@ -91,7 +91,7 @@ int main(int argc, char** argv) {
     for (int i = 0; i < 2; ++i) tl::forward(w, std::span<const std::int32_t>(ids), std::span<const tl::Sequence>(batch), work, tl::Logits::last);
     const auto step = dev.batch(ids, batch);
     const auto qkv = work.qkv(), gate_up = work.gate_up();
-    const tl::View<A, tl::dyn, tl::dyn> vq = tl::columns(qkv, 0, q), vk = tl::columns(qkv, q, q + kv), vv = tl::columns(qkv, q + kv, q + 2 * kv);
+    const tl::View<A, tl::dyn, tl::dyn> vq = tl::columns(qkv, 0, q);
 
     double total = 0;
     std::printf("\n%lld sequences, %lld new tokens each behind %lld: us of all layers, share of the step's sum, limit\n", static_cast<long long>(S), static_cast<long long>(k.tokens),
@@ -112,18 +112,17 @@ int main(int argc, char** argv) {
       each(name, weights + t * (2 * m + out_bytes * n), 2 * t * n * m, f);
     };
     const double t = static_cast<double>(T), h = static_cast<double>(c.hidden);
-    product("qkv", layer(0).qkv, 2, [&](int l) { tl::matmul(dev, qkv, work.normed(), layer(l).qkv); });
-    each("rope, store", t * static_cast<double>(2 * q + 2 * q + 8 * kv), 0, [&](int l) { dev.rope_store_kv(vq, vk, vv, work.cos(), work.sin(), w.rope, w.cache, l, step); });
+    product("qkv, rope", layer(0).qkv, 2, [&](int l) { dev.matmul_rope_store_kv(qkv, work.normed(), layer(l).qkv, work.cos(), work.sin(), w.rope, w.cache, l, step); });
     double positions = 0;
     for (index_t i = 0; i < k.tokens; ++i) positions += static_cast<double>((k.position + i + 1) * S);
     each("attention", (static_cast<double>(k.position + k.tokens) * static_cast<double>(S * 2 * kv) + 2 * t * h) * 2, 4 * positions * h, [&](int l) { dev.attention(work.attended(), vq, w.cache, l, step); });
-    product("o", layer(0).o, 8, [&](int l) { dev.matmul_add(work.projected(), work.attended(), layer(l).o, work.x()); });
-    each("norm x2", 2 * t * h * 6, 0, [&](int l) {
-      dev.rmsnorm(work.normed(), work.x(), layer(l).ffn_norm, c.norm_eps);
-      dev.rmsnorm(work.normed(), work.projected(), layer(l).attn_norm, c.norm_eps);
+    product("o, norm", layer(0).o, 10, [&](int l) {
+      dev.matmul_add_rmsnorm(work.projected(), work.normed(), work.attended(), layer(l).o, work.x(), layer(l).ffn_norm, c.norm_eps, layer(l).gate_up);
     });
     product("gate, up, gated", layer(0).gate_up, 1, [&](int l) { dev.matmul_swiglu(work.gated(), gate_up, work.normed(), layer(l).gate_up); });
-    product("down", layer(0).down, 8, [&](int l) { dev.matmul_add(work.projected(), work.gated(), layer(l).down, work.x()); });
+    product("down, norm", layer(0).down, 10, [&](int l) {
+      dev.matmul_add_rmsnorm(work.projected(), work.normed(), work.gated(), layer(l).down, work.x(), layer(l).attn_norm, c.norm_eps, layer(l).qkv);
+    });
     {
       const double v = static_cast<double>(c.vocab), s = static_cast<double>(S);
       line("head", seconds(dev, [&] { tl::matmul(dev, work.logits(), work.selected(), w.head); }, 4), v * h * 2 + s * (2 * h + 4 * v), 2 * s * v * h);

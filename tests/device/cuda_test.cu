@@ -412,6 +412,70 @@ TEST_CASE("cuda: products that norm on their way") {
   }
 }
 
+// Of many rows: a norm whose other half is done by gated products, behind the product with qkv, or in full.
+TEST_CASE("cuda: products of many rows that norm on their way") {
+  if (no_card()) return;
+  Cuda dev;
+  Random random(4);
+  constexpr index_t m = 600, k = 264, n = 512, heads = 4, kv_heads = 2, head_dim = 64, all = (heads + 2 * kv_heads) * head_dim, ffn = 136;
+  const WeightsOnCard<Cuda> w(dev, {{Format::bf16, n}}, k), qkv(dev, {{Format::bf16, heads * head_dim}, {Format::bf16, kv_heads * head_dim}, {Format::bf16, kv_heads * head_dim}}, n);
+  const WeightsOnCard<Cuda> gate_up(dev, {{Format::bf16, ffn}, {Format::bf16, ffn}}, n), other(dev, {{Format::bf16, 96}}, n);
+  const auto gain = random.vector(n, 0.05f), x = random.vector(m * k), residual = random.vector(m * n), cos = random.vector(m * head_dim / 2), sin = random.vector(m * head_dim / 2);
+  const OnCard<Cuda, float> gains(dev, gain, 1, n), rs(dev, residual, m, n), y(dev, m, n), sum(dev, m, n), cs(dev, cos, m, head_dim / 2), sn(dev, sin, m, head_dim / 2);
+  const OnCard<Cuda, bf16> xs(dev, x, m, k), normed(dev, m, n), in_full(dev, m, n);
+  dev.matmul_add(sum.view(), xs.view(), w.linear, rs.view());
+  dev.rmsnorm(in_full.view(), sum.view(), gains.view().data(), 1e-5f);
+  const auto norm = [&](const Linear& reader) { dev.matmul_add_rmsnorm(y.view(), normed.view(), xs.view(), w.linear, rs.view(), gains.view().data(), 1e-5f, reader); };
+  const auto close = [&](const std::vector<float>& got, const std::vector<float>& want) {  // by the size of their row
+    const auto columns = static_cast<index_t>(got.size()) / m;
+    for (index_t r = 0; r < m; ++r) {
+      double difference = 0, size = 0;
+      for (index_t i = r * columns; i < (r + 1) * columns; ++i) {
+        const double e = want[static_cast<std::size_t>(i)], d = got[static_cast<std::size_t>(i)] - e;
+        difference += d * d, size += e * e;
+      }
+      CAPTURE(r);
+      REQUIRE(std::sqrt(difference / size) < 1e-2);
+    }
+  };
+  norm(gate_up.linear);
+  check_close(y.get(), sum.get(), [&](index_t) { return 2e-4; });
+  const OnCard<Cuda, bf16> both(dev, m, 2 * ffn), a(dev, m, ffn), b(dev, m, ffn), c(dev, m, 96), d(dev, m, 96);
+  dev.matmul_swiglu(a.view(), both.view(), in_full.view(), gate_up.linear);
+  dev.matmul_swiglu(b.view(), both.view(), normed.view(), gate_up.linear);
+  close(b.get(), a.get());
+  dev.matmul(c.view(), in_full.view(), other.linear);
+  norm(gate_up.linear);
+  dev.matmul(d.view(), normed.view(), other.linear);  // who was not named
+  close(d.get(), c.get()), close(normed.get(), in_full.get());
+  for (const Format f : {Format::bf16, Format::f8_e4m3, Format::q8_0, Format::f32}) {
+    CAPTURE(name(f));
+    const CacheShape shape{f, 1, kv_heads, head_dim};
+    std::vector<std::vector<float>> results;
+    for (const bool halves : {false, true}) {
+      std::vector<Memory<Cuda>> memory;
+      std::vector<std::byte*> pages;
+      for (index_t at = 0; at < m; at += page_tokens) pages.push_back(memory.emplace_back(dev, static_cast<std::size_t>(shape.page_bytes())).data());
+      const Sequence s{0, m, 0, pages.data()};
+      const auto batch = dev.batch({}, {&s, 1});
+      const OnCard<Cuda, bf16> turned(dev, m, all), out(dev, m, heads * head_dim);
+      if (halves) norm(qkv.linear);
+      dev.matmul_rope_store_kv(turned.view(), halves ? normed.view() : in_full.view(), qkv.linear, cs.view(), sn.view(), RopeLayout::half, shape, 0, batch);
+      const auto q = columns(turned.view(), 0, heads * head_dim);
+      dev.attention(out.view(), q, shape, 0, batch);
+      results.push_back(out.get());
+      const OnCard<Cuda, bf16> qs(dev, m, heads * head_dim);
+      for (index_t r = 0; r < m; ++r) dev.copy_bytes(qs.view().data() + r * heads * head_dim, q.data() + r * all, heads * head_dim * sizeof(bf16));
+      results.push_back(qs.get());
+    }
+    close(results[3], results[1]);  // q
+    // A key rounded to the other neighbour in 8 bits moves scores, and with them everything.
+    double difference = 0, size = 0;
+    for (std::size_t i = 0; i < results[0].size(); ++i) difference += std::pow(results[2][i] - results[0][i], 2.0), size += std::pow(results[0][i], 2.0);
+    CHECK(std::sqrt(difference / size) < (f == Format::f8_e4m3 ? 0.2 : 0.05));
+  }
+}
+
 // On Hopper x is quantised too, and by rule: with those numbers the product is exact up to the sums of the tensor cores.
 TEST_CASE("cuda: matmul of 8-bit floats by 8-bit floats") {
   if (no_card()) return;

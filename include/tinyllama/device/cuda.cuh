@@ -29,6 +29,7 @@ class CudaTraining;  // device/cuda_training.cuh
 namespace cuda {
 struct StreamTask;
 struct SplitNorm;
+struct RowScale;
 }
 
 /// One card, one stream, activations of type A between products (bf16, or float for exactness). One thread at a time may call its operations, which return
@@ -152,7 +153,10 @@ class CudaDevice {
   static constexpr index_t prefill_rows = 2048;
 
   /// Tokens of a prefill step up to which it may become a graph.
-  static constexpr index_t graph_rows = 512;
+  static constexpr index_t graph_rows = prefill_rows;
+
+  /// Rows from which products with plain matrices have their ends in kernels of our own on Hopper (kernels/cuda/tile_matmul.cuh).
+  static constexpr index_t tile_rows = 512;
 
   /// Query rows of a KV head and sequence from which attention is prefill's on Hopper.
   static constexpr index_t flash_rows = 64;
@@ -182,7 +186,7 @@ class CudaDevice {
   /// y = x W^T + residual, which is another array of y's shape: the library adds on its way.
   void matmul_add(View<float, dyn, dyn> y, View<const A, dyn, dyn> x, const Linear& w, View<const float, dyn, dyn> residual);
   /// y = x W^T + residual and normed = rmsnorm(y), which only products with `reader` read: where they can, normed is left as gain y and the product with `reader` multiplies by the rest
-  /// (cuda::SplitNorm), so that decoding has no kernel for norms.
+  /// (cuda::SplitNorm), so that decoding and long prompts have no kernels for norms.
   void matmul_add_rmsnorm(View<float, dyn, dyn> y, View<A, dyn, dyn> normed, View<const A, dyn, dyn> x, const Linear& w, View<const float, dyn, dyn> residual, const float* gain, float eps,
                           const Linear& reader);
   /// out = silu(x W_gate^T) (x W_up^T), w's two parts; gate_up [T, 2 ffn] has both factors if they are to be kept, else it is scratch.
@@ -195,6 +199,9 @@ class CudaDevice {
   /// rope of q, in place, and of k on its way into the pages, and store_kv: one pass over memory less.
   void rope_store_kv(View<A, dyn, dyn> q, View<const A, dyn, dyn> k, View<const A, dyn, dyn> v, View<const float, dyn, dyn> cos, View<const float, dyn, dyn> sin, RopeLayout layout,
                      const CacheShape& shape, index_t layer, const Batch& batch);
+  /// qkv = x W^T and rope_store_kv of its parts; if x's norm is half done, q, k and v are multiplied by the rest on their way.
+  void matmul_rope_store_kv(View<A, dyn, dyn> qkv, View<const A, dyn, dyn> x, const Linear& w, View<const float, dyn, dyn> cos, View<const float, dyn, dyn> sin, RopeLayout layout,
+                            const CacheShape& shape, index_t layer, const Batch& batch);
   /// What is worked out once for a model whose weights are there: null where the step of one token is made of the operations above.
   struct Prepared {
     std::shared_ptr<cuda::DecodeState> decode;
@@ -220,7 +227,7 @@ class CudaDevice {
     const auto numbers = [](auto high, auto low) { return static_cast<std::uintptr_t>(high) << 32 | static_cast<std::uintptr_t>(low); };
     // Whatever else of the batch's arrays moves, moves with these.
     prepared.steps->run(stream(), {address(work), static_cast<std::uintptr_t>(want), numbers(b.rows, b.count), address(b.ids), address(b.positions), address(scratch_), address(few_.on_card),
-                                   address(many_.on_card), address(counters_.data()), numbers(few_.plan.blocks, few_.plan.parts), numbers(many_.plan.blocks, few_.plan.tile_rows)}, enqueue);
+                                   address(many_.on_card), address(counters_.data()), address(squares_.data()), numbers(few_.plan.blocks, few_.plan.parts), numbers(many_.plan.blocks, few_.plan.tile_rows)}, enqueue);
   }
   /// `steps` tokens of one sequence in one launch, from `id` on, each the most probable after the one before; the first is written at s.position of its
   /// pages, which are there for all. logits [vocab]: of the last; tokens [steps], or null: the most probable after each. In the device's memory. False
@@ -270,7 +277,12 @@ class CudaDevice {
     return by_tensor_cores(shape) && hopper() && shape.format != Format::q8_0 && s.tokens * group >= flash_rows;
   }
   bool stream_product(cuda::StreamTask t, std::byte* memory);
-  bool by_clusters(const Linear& w, index_t rows);
+  bool plain_on_hopper(const Linear& w);
+  void rope_store_kv(View<A, dyn, dyn> q, View<const A, dyn, dyn> k, View<const A, dyn, dyn> v, View<const float, dyn, dyn> cos, View<const float, dyn, dyn> sin, RopeLayout layout,
+                     const CacheShape& shape, index_t layer, const Batch& batch, const cuda::RowScale& scale);
+  cuda::RowScale half_norm(View<const A, dyn, dyn> x) const;
+  bool gated_product(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_up, View<const A, dyn, dyn> x, View<const A, dyn, dyn> gate, View<const A, dyn, dyn> up, bool keep,
+                     const cuda::RowScale& scale, bool early);
   void forget_norm(const A* normed);
   void finish_norm(const A* x);
   template <class Y>

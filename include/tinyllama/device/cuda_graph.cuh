@@ -13,7 +13,7 @@ namespace tinyllama::cuda {
 class StepGraphs {
  public:
   /// All that a step's kernels are given and that is not the same for every step of the model.
-  using Key = std::array<std::uintptr_t, 11>;
+  using Key = std::array<std::uintptr_t, 12>;
 
   /// Does what `enqueue()` puts into the stream. The first two times for a key it is called as it is, so that what is made once exists and what is
   /// measured the second time (products) is known; the third time it is recorded.

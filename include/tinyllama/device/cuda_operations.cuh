@@ -15,6 +15,7 @@
 #include "tinyllama/kernels/cuda/sample.cuh"
 #include "tinyllama/kernels/cuda/softmax.cuh"
 #include "tinyllama/kernels/cuda/stream_gemm.cuh"
+#include "tinyllama/kernels/cuda/sum_matmul.cuh"
 #include "tinyllama/kernels/cuda/swiglu.cuh"
 
 namespace tinyllama {
@@ -156,9 +157,14 @@ template <class A>
 void CudaDevice<A>::rope_store_kv(View<A, dyn, dyn> q, View<const A, dyn, dyn> k, View<const A, dyn, dyn> v, View<const float, dyn, dyn> cos, View<const float, dyn, dyn> sin,
                                   RopeLayout layout, const CacheShape& shape, index_t layer, const Batch& b) {
   const cuda::Current here(card_);
+  rope_store_kv(q, k, v, cos, sin, layout, shape, layer, b, {});
+}
+template <class A>
+void CudaDevice<A>::rope_store_kv(View<A, dyn, dyn> q, View<const A, dyn, dyn> k, View<const A, dyn, dyn> v, View<const float, dyn, dyn> cos, View<const float, dyn, dyn> sin,
+                                  RopeLayout layout, const CacheShape& shape, index_t layer, const Batch& b, const cuda::RowScale& scale) {
   auto a = cuda::store_args<A>(k, v, shape, layer, b);
   a.q = q.data(), a.ldq = q.stride(0), a.heads = static_cast<int>(q.extent(1) / shape.head_dim);
-  a.cos = cos.data(), a.sin = sin.data(), a.ld_angles = cos.stride(0), a.layout = layout;
+  a.cos = cos.data(), a.sin = sin.data(), a.ld_angles = cos.stride(0), a.layout = layout, a.scale = scale;
   cuda::store_kv(stream(), a);
   cuda::launched("rope_store_kv");
 }
@@ -261,10 +267,10 @@ void CudaDevice<A>::softmax(View<float, dyn, dyn> out, View<const float, dyn, dy
   cuda::softmax(stream(), {out.data(), out.stride(0), x.data(), x.stride(0), static_cast<int>(x.extent(0)), static_cast<int>(x.extent(1)), scale});
 }
 
-/// Whether a product of so many rows is cluster_gemm's: all of W is one matrix of bf16.
+/// Whether all of W is one matrix of bf16 as the kernels of Hopper's own read it.
 template <class A>
-bool CudaDevice<A>::by_clusters(const Linear& w, index_t rows) {
-  if (!std::is_same_v<A, bf16> || rows < 2 || rows > cuda::cluster::most_rows || !hopper()) return false;
+bool CudaDevice<A>::plain_on_hopper(const Linear& w) {
+  if (!std::is_same_v<A, bf16> || !hopper()) return false;
   index_t before = 0;
   for (int i = 0; i < w.parts; ++i) {
     const Matrix& m = w.part[static_cast<std::size_t>(i)];
@@ -279,15 +285,20 @@ void CudaDevice<A>::matmul_add_rmsnorm(View<float, dyn, dyn> y, View<A, dyn, dyn
                                        const Linear& reader) {
   if constexpr (std::is_same_v<A, bf16>) {
     const index_t rows = y.extent(0), n = y.extent(1);
-    if (w.parts == 1 && by_clusters(w, rows) && by_clusters(reader, rows) && residual.stride(0) == y.stride(0)) {
+    const bool few = rows >= 2 && rows <= cuda::cluster::most_rows, many = rows >= tile_rows && cuda::sum_matmul_pays(rows, n, w.columns(), multiprocessors_);
+    if ((few || many) && w.parts == 1 && plain_on_hopper(w) && plain_on_hopper(reader) && residual.stride(0) == y.stride(0)) {
       const cuda::Current here(card_);
       finish_norm(x.data());
-      constexpr std::size_t bytes = static_cast<std::size_t>(cuda::SplitNorm::most_rows * cuda::SplitNorm::most_parts) * sizeof(float);
+      const int parts = many ? cuda::sum_parts(rows, n, multiprocessors_) : static_cast<int>(cuda::SplitNorm::most_parts);
+      const std::size_t bytes = static_cast<std::size_t>(std::max<index_t>(rows, cuda::SplitNorm::most_rows) * parts) * sizeof(float);
       if (squares_.size() < bytes) squares_.reserve(bytes);
       if (!split_) split_ = std::make_shared<cuda::SplitNorm>();
-      cuda::SplitNorm norm{reinterpret_cast<float*>(squares_.data()), normed.data(), normed.stride(0), n, gain, eps, 0, y.data(), y.stride(0), rows};
-      const cuda::StreamTask task{Format::bf16, w.part[0].data, nullptr, n, w.columns(), x.data(), x.stride(0), rows, y.data(), y.stride(0), true, residual.data(), nullptr, &norm};
-      if (cuda::cluster_gemm(stream(), task)) {
+      cuda::SplitNorm norm{reinterpret_cast<float*>(squares_.data()), normed.data(), normed.stride(0), n, gain, eps, parts, y.data(), y.stride(0), rows};
+      const auto size = [](index_t i) { return static_cast<int>(i); };
+      const bool done = many ? cuda::sum_matmul(stream(), {x.data(), reinterpret_cast<const bf16*>(w.part[0].data), x.stride(0), cuda::packed_row_bytes(Format::bf16, w.columns()) / 2, residual.data(),
+                                                           y.data(), y.stride(0), size(rows), size(n), size(w.columns()), gain, normed.data(), normed.stride(0), norm.squares, true}, multiprocessors_)
+                             : cuda::cluster_gemm(stream(), {Format::bf16, w.part[0].data, nullptr, n, w.columns(), x.data(), x.stride(0), rows, y.data(), y.stride(0), true, residual.data(), nullptr, &norm});
+      if (done) {
         *split_ = norm;
         return;
       }
@@ -295,6 +306,15 @@ void CudaDevice<A>::matmul_add_rmsnorm(View<float, dyn, dyn> y, View<A, dyn, dyn
   }
   matmul_add(y, x, w, residual);
   rmsnorm(normed, y, gain, eps);
+}
+
+/// What sums of products with x are to be multiplied by, if its norm is half done.
+template <class A>
+cuda::RowScale CudaDevice<A>::half_norm(View<const A, dyn, dyn> x) const {
+  if constexpr (std::is_same_v<A, bf16>)
+    if (split_ && split_->normed == x.data() && x.extent(0) == split_->m && x.extent(1) == split_->n)
+      return {split_->squares, split_->parts, 1.0f / static_cast<float>(split_->n), split_->eps};
+  return {};
 }
 
 /// `normed` gets other values than those of a norm that is half done.
@@ -401,12 +421,17 @@ void CudaDevice<A>::matmul_add(View<float, dyn, dyn> y, View<const A, dyn, dyn> 
 
 template <class A>
 bool CudaDevice<A>::gated_product(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_up, View<const A, dyn, dyn> x, View<const A, dyn, dyn> gate, View<const A, dyn, dyn> up, bool keep) {
+  return gated_product(out, gate_up, x, gate, up, keep, {}, false);
+}
+template <class A>
+bool CudaDevice<A>::gated_product(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_up, View<const A, dyn, dyn> x, View<const A, dyn, dyn> gate, View<const A, dyn, dyn> up, bool keep,
+                                  const cuda::RowScale& scale, bool early) {
   if constexpr (std::is_same_v<A, bf16>) {
     if (!hopper() || gate.stride(0) != up.stride(0)) return false;
     const cuda::Current here(card_);
     const auto size = [](index_t n) { return static_cast<int>(n); };
     return cuda::gated_matmul(stream(), {x.data(), gate.data(), up.data(), x.stride(0), gate.stride(0), out.data(), out.stride(0), size(x.extent(0)), size(gate.extent(0)), size(gate.extent(1)),
-                                         keep ? gate_up.data() : nullptr, keep ? gate_up.stride(0) : 0}, multiprocessors_);
+                                         keep ? gate_up.data() : nullptr, keep ? gate_up.stride(0) : 0, scale, early}, multiprocessors_);
   }
   return false;
 }
@@ -422,13 +447,24 @@ void CudaDevice<A>::matmul_swiglu(View<A, dyn, dyn> out, View<A, dyn, dyn> gate_
       const auto plain = [](const Matrix& m) {
         return View<const A, dyn, dyn>(reinterpret_cast<const A*>(m.data), {m.rows, m.columns}, {cuda::packed_row_bytes(m.format, m.columns) / static_cast<index_t>(sizeof(A)), 1});
       };
-      finish_norm(x.data());
-      if (gate.format == format_of<A> && gated_product(out, gate_up, x, plain(gate), plain(up), keep)) return;
+      if (!half_norm(x).squares) finish_norm(x.data());
+      if (gate.format == format_of<A> && gated_product(out, gate_up, x, plain(gate), plain(up), keep, half_norm(x), true)) return forget_norm(x.data());
     }
   }
   product(gate_up, x, w);  // finishes a norm that is half done
   const index_t ffn = out.extent(1);
   swiglu(out, columns(gate_up, 0, ffn), columns(gate_up, ffn, 2 * ffn));
+}
+
+template <class A>
+void CudaDevice<A>::matmul_rope_store_kv(View<A, dyn, dyn> qkv, View<const A, dyn, dyn> x, const Linear& w, View<const float, dyn, dyn> cos, View<const float, dyn, dyn> sin, RopeLayout layout,
+                                         const CacheShape& shape, index_t layer, const Batch& b) {
+  const index_t kv = shape.kv_heads * shape.head_dim, q = qkv.extent(1) - 2 * kv;
+  // Of many rows the other half of a norm waits until q, k and v are read again.
+  const cuda::RowScale scale = x.extent(0) >= tile_rows ? half_norm(x) : cuda::RowScale{};
+  if (scale.squares) forget_norm(x.data());
+  product(qkv, x, w);
+  rope_store_kv(columns(qkv, 0, q), columns(qkv, q, q + kv), columns(qkv, q + kv, q + 2 * kv), cos, sin, layout, shape, layer, b, scale);
 }
 
 template <class A>

@@ -108,10 +108,10 @@ void half_and_norm(D& dev, Sum sum, Normed normed, In in, const W& w, X x, const
 /// Without `output` the block stops before its last product: what backward needs to have again. With `next` a.normed becomes what the block behind reads.
 template <Config C, Device D, class W, class Activations, class Attend>
 void block_forward(D& dev, const C& c, const Layer<W>& w, const Activations& a, const RopeAngles& angles, Attend&& attend, bool output = true, const Layer<W>* next = nullptr) {
-  matmul(dev, a.qkv, a.normed, w.qkv);
-  if constexpr (requires { attend(a.attended, a.qkv, angles); }) {  // turns queries and keys itself, on their way into the cache
-    attend(a.attended, a.qkv, angles);
+  if constexpr (requires { attend(a.attended, a.qkv, a.normed, w.qkv, angles); }) {  // makes queries, keys and values itself, on their way into the cache
+    attend(a.attended, a.qkv, a.normed, w.qkv, angles);
   } else {
+    matmul(dev, a.qkv, a.normed, w.qkv);
     detail::rope_queries_and_keys(dev, c, a.qkv, angles);
     attend(a.attended, a.qkv);
   }

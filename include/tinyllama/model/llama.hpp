@@ -54,7 +54,7 @@ void forward(const Weights<C, D>& w, const Ids& ids, std::span<const Sequence> b
 
   const typename D::Batch step = dev.batch(ids, batch);
   [[maybe_unused]] typename D::Staging seen;  // what observers see
-  constexpr bool rope_on_the_way = requires { dev.rope_store_kv(q, k, v, angles.cos, angles.sin, angles.layout, w.cache, 0, step); };  // into the pages
+  constexpr bool rope_on_the_way = requires(const Linear& qkv) { dev.matmul_rope_store_kv(a.qkv, n, qkv, angles.cos, angles.sin, angles.layout, w.cache, 0, step); };  // into the pages
   constexpr bool complete = AddsToResidual<D, Linear>;  // x, behind a layer
   const auto enqueue = [&] {  // nvcc 13 wants braces behind each if constexpr of a lambda
     dev.rope_angles(angles.cos, angles.sin, w.frequencies, step);
@@ -76,8 +76,8 @@ void forward(const Weights<C, D>& w, const Ids& ids, std::span<const Sequence> b
         }
       };
       if constexpr (rope_on_the_way) {
-        block_forward(dev, c, layer, a, angles, [&](auto attended, auto, const RopeAngles& r) {
-          dev.rope_store_kv(q, k, v, r.cos, r.sin, r.layout, w.cache, l, step);
+        block_forward(dev, c, layer, a, angles, [&](auto attended, auto qkv, auto normed, const Linear& w_qkv, const RopeAngles& r) {
+          dev.matmul_rope_store_kv(qkv, normed, w_qkv, r.cos, r.sin, r.layout, w.cache, l, step);
           attend(attended);
         }, true, next);
       } else {

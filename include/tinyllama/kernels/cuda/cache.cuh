@@ -4,6 +4,7 @@
 #include "tinyllama/config/rope_layout.hpp"
 #include "tinyllama/kernels/cuda/dependent.cuh"
 #include "tinyllama/kernels/cuda/element.cuh"
+#include "tinyllama/kernels/cuda/row_scale.cuh"
 #include "tinyllama/kernels/kernels.hpp"
 
 namespace tinyllama::cuda {
@@ -72,6 +73,7 @@ struct StoreKvArgs {
   const int* position;              // [T]
   std::int64_t k_offset, v_offset;  // bytes of the layer's KV head 0 in a page
   std::int64_t head_bytes;          // from one KV head to the next
+  RowScale scale = {};              // of q, k and v, where there are angles
 };
 
 /// A warp for each (token, head of q, k or v). With `Rope`, pairs (a, b) of q and k become (a cos - b sin, b cos + a sin) first.
@@ -91,8 +93,10 @@ __global__ __launch_bounds__(128) void store_kv_kernel(const StoreKvArgs<A> a) {
   const bool halves = Rope && a.layout == RopeLayout::half;
   const auto first = [&](int p) { return halves ? p : 2 * p; };
   const auto second = [&](int p) { return halves ? p + half : 2 * p + 1; };
+  const float scale = Rope ? a.scale.template of_together<32>(t, lane) : 1.0f;
   const auto turned = [&](int p, float& x, float& y) {
     x = to_float(from[first(p)]), y = second(p) < head_dim ? to_float(from[second(p)]) : 0.0f;
+    if constexpr (Rope) x *= scale, y *= scale;
     if constexpr (Rope) {
       if (is_v) return;
       const float c = a.cos[t * a.ld_angles + p], s = a.sin[t * a.ld_angles + p], u = x;
@@ -166,6 +170,11 @@ __global__ __launch_bounds__(128) void store_kv_vectors_kernel(const StoreKvArgs
   std::uint32_t words[8] = {pieces[0].x, pieces[0].y, pieces[0].z, pieces[0].w, pieces[1].x, pieces[1].y, pieces[1].z, pieces[1].w};
 #pragma unroll
   for (int e = 0; e < 8; ++e) x[2 * e] = __uint_as_float(words[e] << 16), x[2 * e + 1] = __uint_as_float(words[e] & 0xffff0000u);
+  if (a.scale.squares) {
+    const float scale = a.scale.template of_together<threads>(t, static_cast<int>(threadIdx.x) % 32);
+#pragma unroll
+    for (int e = 0; e < 16; ++e) x[e] *= scale;
+  }
   if (!is_v) {
     const auto *cos = reinterpret_cast<const float4*>(a.cos + t * a.ld_angles + 8 * j), *sin = reinterpret_cast<const float4*>(a.sin + t * a.ld_angles + 8 * j);
     const float4 c0 = cos[0], c1 = cos[1], s0 = sin[0], s1 = sin[1];

@@ -9,7 +9,7 @@ namespace tinyllama::cuda {
 /// what reads `normed` multiplies its sums of a row by 1 / sqrt(mean(y^2) + eps).
 struct SplitNorm {
   static constexpr int most_rows = 128, most_parts = 64;
-  float* squares = nullptr;  // [most_rows][parts]: of a row's columns in each of the product's tiles
+  float* squares = nullptr;  // [m][parts]: of a row's columns in each of the product's tiles; of more than most_rows rows sum_matmul's, which RowScale reads
   bf16* normed = nullptr;    // [m, n]
   index_t ld = 0, n = 0;
   const float* gain = nullptr;  // [n]
