@@ -94,7 +94,7 @@ TEST_CASE("a worker takes the place it is asked for, rests there, and is free ag
     CHECK(SharedCore::here() == place);
     CHECK(worker.shares());
     // As a worker does: a unit, a rest where one is due. A machine in use may well send the thread away meanwhile, so that it takes longer.
-    for (const auto end = CoreLoss::Clock::now() + std::chrono::seconds(60); worker.shares() && CoreLoss::Clock::now() < end;)
+    for (const auto end = CoreLoss::Clock::now() + std::chrono::seconds(10); worker.shares() && CoreLoss::Clock::now() < end;)
       if (worker.wants_rest(caller)) worker.rest(caller);
     if (!worker.shares()) {
       const cpu_set_t after = cores();

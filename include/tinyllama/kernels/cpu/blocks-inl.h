@@ -171,14 +171,9 @@ void Dequantise(const std::byte* block, index_t columns, float* to) {
 template <Format F>
 void DequantisedPanels(const MatmulTask& t, index_t first, index_t last) {
   constexpr PanelBlock P = panel_block<F>;
-  constexpr index_t chunk = 256;
-  alignas(64) float wide[chunk * panel_rows];
-  for (index_t p = first; p < last; ++p)
-    for (index_t k0 = 0; k0 < t.k; k0 += chunk) {
-      const index_t kc = t.k - k0 < chunk ? t.k - k0 : chunk;
-      Dequantise<F>(t.w + static_cast<std::size_t>(p) * panel_bytes<F>(t.k) + k0 / P.columns * P.bytes(), kc, wide);
-      FloatRows<1>(t, wide, 0, k0, kc, p * panel_rows);
-    }
+  ExpandedPanels(t, first, last, [&](index_t p, index_t k0, index_t kc, float* to) {
+    Dequantise<F>(t.w + static_cast<std::size_t>(p) * panel_bytes<F>(t.k) + k0 / P.columns * P.bytes(), kc, to);
+  });
 }
 
 void matmul_f32(const MatmulTask& t, index_t first, index_t last) {

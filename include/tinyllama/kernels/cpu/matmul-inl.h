@@ -96,8 +96,37 @@ void FloatRows(const MatmulTask& t, const W* w, index_t panel_stride, index_t k0
     for (int p = 0; p < NP; ++p) FloatVector(x(), w + p * panel_stride, kc, y() + p * panel_rows, valid - p * panel_rows, accumulate);
 }
 
+/// Panels of other formats, some columns at a time made floats that all rows then share; expand(p, k0, kc, to): columns [k0, k0 + kc) of panel p, and one more where
+/// kc is odd. In tiles of one panel, each row of which widens it for itself, f16 had a quarter of the multiply units' rate (Zen 5, 512 rows).
+template <class Expand>
+void ExpandedPanels(const MatmulTask& t, index_t first, index_t last, const Expand& expand) {
+  constexpr index_t chunk = 256, stride = chunk * panel_rows;
+  alignas(64) float wide[tile_panels * stride];
+  for (index_t p = first; p < last; p += tile_panels) {
+    const index_t panels = last - p < tile_panels ? last - p : tile_panels;
+    for (index_t k0 = 0; k0 < t.k; k0 += chunk) {
+      const index_t kc = t.k - k0 < chunk ? t.k - k0 : chunk;
+      for (index_t i = 0; i < panels; ++i) expand(p + i, k0, kc, wide + i * stride);
+      if (panels == tile_panels) FloatRows<tile_panels>(t, wide, stride, k0, kc, p * panel_rows);
+      else
+        for (index_t i = 0; i < panels; ++i) FloatRows<1>(t, wide + i * stride, 0, k0, kc, (p + i) * panel_rows);
+    }
+  }
+}
+
 template <class W>
 void FloatPanels(const MatmulTask& t, index_t first, index_t last) {
+  if constexpr (sizeof(W) < sizeof(float))
+    if (t.m >= 8)
+      return ExpandedPanels(t, first, last, [&](index_t p, index_t k0, index_t kc, float* to) HWY_ATTR {
+        const W* const from = reinterpret_cast<const W*>(t.w) + (p * even(t.k) + k0) * panel_rows;
+        for (index_t kp = 0; kp < (kc + 1) / 2; ++kp)
+          for (index_t s = 0; s < subs; ++s) {
+            V w0, w1;
+            LoadPair(from, kp, s, w0, w1);
+            hn::Store(w0, D(), to + kp * 32 + s * lanes), hn::Store(w1, D(), to + kp * 32 + 16 + s * lanes);
+          }
+      });
   constexpr int wide = sizeof(W) == sizeof(float) ? tile_panels : 1;
   const index_t panel_stride = even(t.k) * panel_rows;
   const index_t step = t.m == 1 ? t.k : tile_k;  // a single row streams whole panels
