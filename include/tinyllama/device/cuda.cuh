@@ -1,5 +1,5 @@
 // A card as a device: its memory, its stream, and each operation as kernels on it. Declared here for any compiler; the operations that launch kernels
-// are defined in cuda_operations.cuh, for nvcc.
+// are defined in cuda_operations.cuh and cuda_products.cuh, for nvcc.
 #pragma once
 
 #include <algorithm>
@@ -136,8 +136,6 @@ class CudaDevice {
     return scratch_;
   }
   void reserve_scratch(std::size_t bytes) { scratch(bytes); }
-  /// What batch() gave last.
-  const Batch& last_batch() const { return last_; }
 
   static constexpr std::size_t blas_workspace = std::size_t{32} << 20;  // what NVIDIA recommends for Hopper
   /// A matrix in another format than the activations' becomes one of theirs in scratch before a product of many rows, so many bytes at a time: they stay in
@@ -196,10 +194,7 @@ class CudaDevice {
 
   // ---- beside the concept
 
-  /// rope of q, in place, and of k on its way into the pages, and store_kv: one pass over memory less.
-  void rope_store_kv(View<A, dyn, dyn> q, View<const A, dyn, dyn> k, View<const A, dyn, dyn> v, View<const float, dyn, dyn> cos, View<const float, dyn, dyn> sin, RopeLayout layout,
-                     const CacheShape& shape, index_t layer, const Batch& batch);
-  /// qkv = x W^T and rope_store_kv of its parts; if x's norm is half done, q, k and v are multiplied by the rest on their way.
+  /// qkv = x W^T, then rope of q, in place, and of k on its way into the pages, and store_kv, in one pass over memory; if x's norm is half done, q, k and v are multiplied by the rest there.
   void matmul_rope_store_kv(View<A, dyn, dyn> qkv, View<const A, dyn, dyn> x, const Linear& w, View<const float, dyn, dyn> cos, View<const float, dyn, dyn> sin, RopeLayout layout,
                             const CacheShape& shape, index_t layer, const Batch& batch);
   /// What is worked out once for a model whose weights are there: null where the step of one token is made of the operations above.
